@@ -1,0 +1,1 @@
+"""pocktvm: a model in, one shared library out that trains on the device that holds it."""

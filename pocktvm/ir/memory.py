@@ -1,0 +1,30 @@
+"""The memory plan: one arena, an offset for every buffer, checked by memory/verify.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+CLASSES = ("frozen", "trained", "optimizer", "activations", "gradients", "workspace")
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Offsets in bytes from the arena's start, for roots only (see Program.root).
+
+    persistent_bytes  trained tensors, optimizer state and scalars sit in [0, persistent_bytes)
+    offsets           {"step": {buffer: offset}, "predict": {...}}; persistent buffers have the
+                      same offset in both
+    lower_bound_bytes largest sum of live bytes over time, in the chosen order
+    total_bytes       arena + frozen weights + code
+    by_class          bytes per class of memory (transient classes: at the peak)
+    peak_call         label of the call at which the peak is reached
+    """
+
+    arena_bytes: int
+    persistent_bytes: int
+    lower_bound_bytes: int
+    total_bytes: int
+    offsets: Mapping[str, Mapping[str, int]]
+    by_class: Mapping[str, int]
+    peak_call: str = ""

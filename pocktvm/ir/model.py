@@ -1,0 +1,59 @@
+"""A model as a frontend delivers it: Relax plus what Relax does not say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Input:
+    """A run-time input. `bound`: labels or ids must lie in [0, bound); None: any value.
+
+    `mean`, `scale`: a uint8 sample becomes (u8 - mean[c]) * scale[c] on the device, c the axis 1.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # what the device reads: float32 | int32
+    bound: int | None = None
+    ignore_index: int | None = None
+    mean: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A torch parameter: `aliases` are other names of the same tensor (tied weights)."""
+
+    name: str
+    value: np.ndarray
+    requires_grad: bool = True
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Model:
+    """`module["main"]` is a Relax function of the inputs, then the parameters, in the order of the
+    two mappings below; it returns one tensor. Buffers (BN statistics) are bound as constants.
+
+    blocks      names of the repeated blocks, in forward order (`blocks.0`, …); schemes count them
+    classifier  prefixes of the parameters behind the last block (`fc`, `head.fc`, …)
+    scheme      the published scheme of a zoo model, a mapping of patterns, or None
+    layers      parameter name -> layer name is implied: text before the last dot
+    notices     one line each, told to the user once (train mode, dropout, …)
+    """
+
+    name: str
+    module: Any  # tvm.ir.IRModule
+    inputs: Mapping[str, Input]
+    parameters: Mapping[str, Parameter]
+    output_shape: tuple[int, ...]
+    blocks: tuple[str, ...] = ()
+    classifier: tuple[str, ...] = ()
+    scheme: Mapping[str, Any] | None = None
+    shifts: Mapping[str, str] = field(default_factory=dict)  # conv weight -> bias of the BN behind it
+    notices: tuple[str, ...] = ()

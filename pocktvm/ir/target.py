@@ -1,0 +1,58 @@
+"""A device, read from a TOML in targets/ (data, not code)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Isa:
+    """Facts the schedule rules read. Sizes in bytes, of one core (l3: shared)."""
+
+    vector_bytes: int
+    vector_registers: int
+    l1_bytes: int
+    l2_bytes: int
+    cores: int
+    l3_bytes: int = 0
+    lane_fma: bool = False  # fmla vD, vN, vM.s[i]: multiply by one lane without a broadcast
+
+    @property
+    def lanes(self) -> int:
+        """float32 values in one vector."""
+        return max(1, self.vector_bytes // 4)
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """How zig links for the device."""
+
+    zig_target: str
+    zig_cpu: str = ""
+    flags: tuple[str, ...] = ()
+    library: str = "model.so"
+    static_runner: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """One device. `checked`: run | emulated | simulated | inspected."""
+
+    name: str
+    description: str
+    tvm: Mapping[str, Any]
+    isa: Isa
+    toolchain: Toolchain
+    memory_bytes: int
+    emulator: tuple[str, ...] = ()  # command prefix; empty: runs natively
+    checked: str = "emulated"
+    arch: str = ""
+    os: str = "linux"
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_host(self) -> bool:
+        """True when artifacts run in this process, without an emulator."""
+        return self.checked == "run"
