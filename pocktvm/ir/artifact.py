@@ -13,7 +13,7 @@ from pocktvm.ir.model import Input
 
 @dataclass(frozen=True)
 class SelfTest:
-    """Recorded by the unfused reference: a batch, the losses of the first steps, the first output."""
+    """Recorded by the unfused reference: a batch, the first losses and output."""
 
     inputs: Mapping[str, np.ndarray]
     losses: tuple[float, ...]

@@ -55,5 +55,6 @@ class Model:
     blocks: tuple[str, ...] = ()
     classifier: tuple[str, ...] = ()
     scheme: Mapping[str, Any] | None = None
-    shifts: Mapping[str, str] = field(default_factory=dict)  # conv weight -> bias of the BN behind it
+    # conv weight -> bias of the BN behind it
+    shifts: Mapping[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()

@@ -42,7 +42,7 @@ strided_slice_grad   dy -> dx                             the same: dy placed in
 pad                  x -> y                               pad_width (2 per axis), mode constant|reflect|edge, value
                                                           negative widths crop
 relax                anything TVM can legalize            op: Relax's name, relax_attrs: TVM's JSON of its attributes
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
