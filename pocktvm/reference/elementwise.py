@@ -1,0 +1,142 @@
+"""Operators of one element: unary, binary, where, and the gradients of activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn import functional as F
+
+from pocktvm.ir.graph import Node, Value
+from pocktvm.reference.registry import Tensor, gradient_of, reference
+
+UNARY: dict[str, Callable[[Tensor], Tensor]] = {
+    "negative": torch.neg,
+    "exp": torch.exp,
+    "log": torch.log,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "abs": torch.abs,
+    "sign": torch.sign,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "erf": torch.erf,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+    "round": torch.round,
+    "square": torch.square,
+    "reciprocal": torch.reciprocal,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "logical_not": torch.logical_not,
+    "copy": torch.clone,
+}
+
+
+def _divide(a: Tensor, b: Tensor) -> Tensor:
+    # TVM truncates integer quotients; torch would return floats
+    mode = None if a.is_floating_point() or b.is_floating_point() else "trunc"
+    return torch.div(a, b, rounding_mode=mode)
+
+
+BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "add": torch.add,
+    "subtract": torch.sub,
+    "multiply": torch.mul,
+    "divide": _divide,
+    "power": torch.pow,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    "equal": torch.eq,
+    "not_equal": torch.ne,
+    "less": torch.lt,
+    "less_equal": torch.le,
+    "greater": torch.gt,
+    "greater_equal": torch.ge,
+    "logical_and": torch.logical_and,
+    "logical_or": torch.logical_or,
+    "floor_divide": torch.floor_divide,
+    "mod": torch.remainder,
+}
+
+
+@reference(*UNARY)
+def unary(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
+    """One operand, no attributes."""
+    return UNARY[node.op](args[0])
+
+
+@reference(*BINARY)
+def binary(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
+    """Two operands, broadcast as numpy does."""
+    return BINARY[node.op](args[0], args[1])
+
+
+@reference("where")
+def where(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
+    """y = a where cond else b."""
+    return torch.where(args[0].bool(), args[1], args[2])
+
+
+@reference("astype")
+def astype(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
+    """The interpreter casts every result to its declared dtype; only float -> int rounds here."""
+    to_int = args[0].is_floating_point() and outs[0].dtype.startswith(("int", "uint"))
+    return args[0].trunc() if to_int else args[0]
+
+
+def with_attributes(op: str, node: Node) -> Callable[[Tensor], Tensor]:
+    """The forward function of a unary operator that takes attributes."""
+    attrs = node.attrs
+    if op == "clip":
+        low, high = attrs.get("min"), attrs.get("max")
+        return lambda x: x if low is None and high is None else torch.clamp(x, low, high)
+    if op == "leakyrelu":
+        return lambda x: F.leaky_relu(x, attrs.get("alpha", 0.01))
+    if op == "elu":
+        return lambda x: F.elu(x, attrs.get("alpha", 1.0))
+    if op == "softplus":
+        return lambda x: F.softplus(x, attrs.get("beta", 1.0), attrs.get("threshold", 20.0))
+    return UNARY[op]
+
+
+@reference("clip", "leakyrelu", "elu", "softplus")
+def parametric(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
+    """One operand and attributes."""
+    return with_attributes(node.op, node)(args[0])
+
+
+@reference("relu_grad", "relu6_grad", "sigmoid_grad", "tanh_grad")
+def from_output(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
+    """dx from dout and the forward's output y."""
+    dout, y = args
+    zero = torch.zeros((), dtype=dout.dtype)
+    if node.op == "relu_grad":
+        return torch.where(y > 0, dout, zero)
+    if node.op == "relu6_grad":
+        return torch.where((y > 0) & (y < 6), dout, zero)
+    return dout * (y * (1 - y) if node.op == "sigmoid_grad" else 1 - y * y)
+
+
+@reference(
+    "clip_grad",
+    "gelu_grad",
+    "gelu_tanh_grad",
+    "silu_grad",
+    "softplus_grad",
+    "hardswish_grad",
+    "hardsigmoid_grad",
+    "leakyrelu_grad",
+    "elu_grad",
+)
+def from_input(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
+    """dx from dout and the forward's input x, by torch's autograd."""
+    dout, x = torch.broadcast_tensors(*args)
+    return gradient_of(with_attributes(node.op.removesuffix("_grad"), node), x, dout)
