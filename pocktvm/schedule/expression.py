@@ -1,0 +1,121 @@
+"""Evaluate the elementwise nodes of a group on vectors: epilogues, prologues, whole chains.
+
+A position in a tensor of shape S is a `Position`: its flat index over S, the flat index `row`
+over all axes but the last, and the index `column` on the last axis; a vector covers `width`
+consecutive columns. Operands of a smaller (broadcast) shape find their element from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pocktvm.errors import InternalError
+from pocktvm.ir.graph import Node
+from pocktvm.schedule.elementwise_ops import OPS
+from pocktvm.schedule.emit import Context, const, splat
+from pocktvm.tvm_api import T, tirx
+
+Expr = Any
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a vector lies in a tensor of `shape`."""
+
+    shape: tuple[int, ...]
+    row: Expr
+    column: Expr
+    width: int
+
+    @property
+    def flat(self) -> Expr:
+        """Index of the first lane over the whole tensor."""
+        last = self.shape[-1] if self.shape else 1
+        return self.row * last + self.column
+
+    def coordinates(self) -> list[Expr]:
+        """The index on every axis but the last (division and remainder by build-time extents)."""
+        coordinates: list[Expr] = []
+        rest = self.row
+        for extent in reversed(self.shape[1:-1]):
+            coordinates.append(rest % extent)
+            rest = rest // extent
+        if len(self.shape) > 1:
+            coordinates.append(rest)
+        return coordinates[::-1]
+
+
+def load_operand(ctx: Context, name: str, at: Position) -> Expr:
+    """The operand's elements under `at`, broadcast as numpy does."""
+    task = ctx.task
+    if name in task.literals:
+        return const(task.literals[name], at.width, task.values[name].dtype)
+    shape = task.shape(name)
+    if shape == at.shape:
+        return ctx.load(name, at.flat, at.width)
+    if task.values[name].size == 1:
+        return splat(ctx.load(name, 0, 1), at.width)
+    index = broadcast_row(shape, at)
+    if shape[-1] == 1:
+        return splat(ctx.load(name, index, 1), at.width)
+    return ctx.load(name, index * shape[-1] + at.column, at.width)
+
+
+def broadcast_row(shape: Sequence[int], at: Position) -> Expr:
+    """Flat index over all axes but the last of an operand of `shape`, right-aligned with `at`."""
+    if len(shape) > len(at.shape):
+        raise InternalError(f"operand {list(shape)} has more axes than the output {at.shape}")
+    padded = (1,) * (len(at.shape) - len(shape)) + tuple(shape)
+    if all(extent == 1 for extent in padded[:-1]):
+        return tirx.const(0, "int32")
+    if padded[:-1] == at.shape[:-1]:
+        return at.row
+    index: Expr = tirx.const(0, "int32")
+    for extent, coordinate in zip(padded[:-1], at.coordinates(), strict=True):
+        index = index * extent + (coordinate if extent > 1 else 0)
+    return index
+
+
+def evaluate(
+    ctx: Context, nodes: Sequence[Node], known: dict[str, Expr], at: Position
+) -> dict[str, Expr]:
+    """Emit the expressions of elementwise `nodes` at a position; returns every value by name.
+
+    `known` holds what is already in registers (an anchor's accumulator); other operands are loaded
+    when first needed. A node whose own shape is smaller than `at` is evaluated broadcast.
+    """
+    values = dict(known)
+    for node in nodes:
+        if node.op not in OPS:
+            raise InternalError(f"no vector expression for '{node.op}'")
+        operands = []
+        for name in node.inputs:
+            if name not in values:
+                values[name] = load_operand(ctx, name, at)
+            operands.append(values[name])
+        dtype = ctx.task.values[node.outputs[0]].dtype
+        result = OPS[node.op](operands, node.attrs, at.width, dtype)
+        values[node.outputs[0]] = T.bind(result)
+    return values
+
+
+def store_outputs(ctx: Context, values: dict[str, Expr], at: Position) -> None:
+    """Write every output of the task that has been evaluated."""
+    for name in ctx.task.node.outputs:
+        if name in values:
+            ctx.store(name, at.flat, values[name], at.width)
+
+
+def finish(ctx: Context, accumulators: dict[str, Expr], at: Position) -> None:
+    """An anchor's epilogue: evaluate what follows the anchor in the group, write all outputs.
+
+    `accumulators` maps the anchor's output names to vectors at `at`; the position's shape is the
+    anchor's output shape.
+    """
+    node = ctx.task.node
+    following: Sequence[Node] = ()
+    if node.body:
+        following = node.body[node.attrs["anchor"] + 1 :]
+    store_outputs(ctx, evaluate(ctx, following, accumulators, at), at)

@@ -1,0 +1,42 @@
+"""Layouts of build-time constants, by name: what a rule asks for in `Emitted.pack`.
+
+A packer takes the constant in the graph's layout and its parameters and returns a flat array; it is
+applied once, at build time, and its result is what the device keeps (the original is dropped).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Packer = Callable[..., np.ndarray]
+PACKERS: dict[str, Packer] = {}
+
+
+def packer(function: Packer) -> Packer:
+    """Register a packer under its function's name."""
+    PACKERS[function.__name__] = function
+    return function
+
+
+def apply_pack(name: str, array: np.ndarray, params: dict[str, Any]) -> np.ndarray:
+    """The packed constant, flat and contiguous."""
+    return np.ascontiguousarray(PACKERS[name](array, **params)).ravel()
+
+
+@packer
+def panels(array: np.ndarray, *, nr: int, transpose: bool = False) -> np.ndarray:
+    """A matrix [K, N] (or [N, K] with transpose) as column panels [panel][K][width].
+
+    The last panel is narrower when nr does not divide N. Leading axes are flattened into K, so a
+    1x1 convolution's HWIO weight is a matrix too.
+    """
+    matrix = array.reshape(-1, array.shape[-1])
+    if transpose:
+        matrix = matrix.T
+    pieces = [
+        np.ascontiguousarray(matrix[:, c : c + nr]).ravel() for c in range(0, matrix.shape[1], nr)
+    ]
+    return np.concatenate(pieces)
