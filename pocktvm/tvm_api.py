@@ -32,3 +32,10 @@ def version() -> str:
 def tvm_target(description: Any) -> Any:
     """A TVM target from its JSON fields."""
     return TvmTarget(dict(description))
+
+
+def torch_importer() -> type:
+    """TVM's importer class for torch.export programs (imports torch)."""
+    from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
+
+    return ExportedProgramImporter

@@ -39,11 +39,12 @@ class Parameter:
 class Model:
     """`module["main"]` is a Relax function of the inputs, then the parameters, in the order of the
     two mappings below; it returns one tensor. Buffers (BN statistics) are bound as constants.
+    Integer variables may be int64 there, whatever `Input.dtype` says: they are narrowed later.
 
     blocks      names of the repeated blocks, in forward order (`blocks.0`, …); schemes count them
     classifier  prefixes of the parameters behind the last block (`fc`, `head.fc`, …)
     scheme      the published scheme of a zoo model, a mapping of patterns, or None
-    layers      parameter name -> layer name is implied: text before the last dot
+    (parameter name -> layer name is implied: text before the last dot)
     notices     one line each, told to the user once (train mode, dropout, …)
     """
 
@@ -57,4 +58,8 @@ class Model:
     scheme: Mapping[str, Any] | None = None
     # conv weight -> bias of the BN behind it
     shifts: Mapping[str, str] = field(default_factory=dict)
+    # embedding table -> its padding_idx (the row whose lookups give no gradient)
+    padding: Mapping[str, int] = field(default_factory=dict)
+    # name of a variable in module["main"] -> torch layer it comes from, for messages
+    layers: Mapping[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
