@@ -60,8 +60,7 @@ def build(
             buffer = T.arg(f"a{number}", T.Buffer((max(value.size, 1),), value.dtype))
             buffers.setdefault(name, buffer)
         scratch = [
-            T.arg(f"w{i}", T.Buffer((size,), dtype))
-            for i, (size, dtype) in enumerate(workspaces)
+            T.arg(f"w{i}", T.Buffer((size,), dtype)) for i, (size, dtype) in enumerate(workspaces)
         ]
         body(Context(task, buffers, scratch))
     return builder.get()

@@ -1,0 +1,12 @@
+"""The schedule rules, in the order they are asked; the first that does not decline emits."""
+
+from __future__ import annotations
+
+from pocktvm.schedule.rule import Rule
+from pocktvm.schedule.rules.elementwise import Elementwise
+from pocktvm.schedule.rules.fallback import Fallback
+
+RULES: tuple[Rule, ...] = (
+    Elementwise(),
+    Fallback(),
+)

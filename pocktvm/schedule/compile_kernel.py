@@ -1,0 +1,126 @@
+"""From a task to a compiled kernel: ask the rules, emit, hand TIR to TVM's LLVM, cache."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pocktvm.errors import InternalError
+from pocktvm.ir.kernels import ArgSpec, Kernel
+from pocktvm.schedule.cache import KernelCache, key_of
+from pocktvm.schedule.rule import Emitted, Pack, Rule, Task, defaults
+from pocktvm.schedule.rules import RULES
+from pocktvm.tvm_api import IRModule, tvm, tvm_target, version
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel with what its callers must prepare: workspaces and packed constants."""
+
+    kernel: Kernel
+    workspaces: tuple[tuple[int, str], ...]
+    pack: Mapping[int, Pack]
+
+
+class NoRule(Exception):
+    """No rule takes a group; carries each rule's reason."""
+
+
+@dataclass
+class KernelCompiler:
+    """Compiles tasks for one target; equal tasks share one kernel."""
+
+    cache: KernelCache = field(default_factory=KernelCache)
+    done: dict[str, Compiled] = field(default_factory=dict)
+    knobs_for: Any = None  # (task, rule) -> tuned knobs or None
+
+    def compile(self, task: Task) -> Compiled:
+        """The kernel of a task. Raises NoRule when every rule declines."""
+        if task.signature not in self.done:
+            self.done[task.signature] = self._compile(task)
+        return self.done[task.signature]
+
+    def _compile(self, task: Task) -> Compiled:
+        rule = choose_rule(task)
+        tuned = self.knobs_for(task, rule) if self.knobs_for else None
+        knobs = {**defaults(rule.knobs(task)), **(tuned or {})}
+        target = task.target
+        key = key_of(
+            task.signature, rule.name, knobs, dict(target.tvm), vars(target.isa), version()
+        )
+        symbol = f"{rule.name}_{key[:12]}"
+        cached = self.cache.get(key)
+        if cached is None:
+            emitted = rule.emit(task, knobs)
+            data = compile_object(emitted.func, symbol, task)
+            facts = _facts(emitted)
+            self.cache.put(key, data, facts)
+        else:
+            data, facts = cached
+        return _compiled(task, rule, symbol, data, facts, bool(tuned))
+
+
+def choose_rule(task: Task) -> Rule:
+    """The first rule that does not decline."""
+    reasons = []
+    for rule in RULES:
+        reason = rule.decline(task)
+        if reason is None:
+            return rule
+        reasons.append(f"{rule.name}: {reason}")
+    raise NoRule("; ".join(reasons))
+
+
+def compile_object(func: Any, symbol: str, task: Task) -> bytes:
+    """The object file that defines `__tvm_ffi_<symbol>` for the task's target."""
+    target = tvm_target(task.target.tvm)
+    func = func.with_attr("global_symbol", symbol).with_attr("target", target)
+    handle, path = tempfile.mkstemp(suffix=".o")
+    os.close(handle)
+    try:
+        tvm.compile(IRModule({symbol: func}), target).mod.write_to_file(path, "o")
+        with open(path, "rb") as file:
+            return file.read()
+    finally:
+        os.unlink(path)
+
+
+def _facts(emitted: Emitted) -> dict[str, Any]:
+    func = emitted.func
+    args = []
+    for param in func.params:
+        buffer = func.buffer_map[param]
+        args.append([[int(e) for e in buffer.shape], str(buffer.dtype)])
+    return {
+        "args": args,
+        "workspaces": [list(w) for w in emitted.workspaces],
+        "inplace": [list(p) for p in emitted.inplace],
+        "pack": {str(i): [p.name, dict(p.params)] for i, p in emitted.pack.items()},
+        "flops": emitted.flops,
+    }
+
+
+def _compiled(
+    task: Task, rule: Rule, symbol: str, data: bytes, facts: Mapping[str, Any], tuned: bool
+) -> Compiled:
+    n_inputs, n_outputs = len(task.node.inputs), len(task.node.outputs)
+    workspaces = tuple((int(n), str(d)) for n, d in facts["workspaces"])
+    args = tuple(ArgSpec(tuple(shape), dtype) for shape, dtype in facts["args"])
+    if len(args) != n_inputs + n_outputs + len(workspaces):
+        raise InternalError(f"{rule.name} made {len(args)} arguments for {task.node}")
+    kernel = Kernel(
+        symbol=symbol,
+        object=data,
+        args=args,
+        n_inputs=n_inputs,
+        n_outputs=n_outputs,
+        rule=rule.name,
+        tuned=tuned,
+        flops=int(facts["flops"]),
+        inplace=tuple((n_inputs + o, i) for o, i in facts["inplace"]),
+    )
+    pack = {int(i): Pack(name, params) for i, (name, params) in facts["pack"].items()}
+    return Compiled(kernel, workspaces, pack)

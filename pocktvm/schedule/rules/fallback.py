@@ -1,0 +1,210 @@
+"""Any operator TVM can legalize, with a default schedule: outer axes parallel, inner vectorised.
+
+The last rule: it accepts every single node whose operator Relax knows (or that can be spelt with
+Relax operators), so that nothing a frontend imports is refused for want of a kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pocktvm.errors import PockError
+from pocktvm.ir.graph import Node
+from pocktvm.schedule.default_schedule import schedule_prim_func
+from pocktvm.schedule.rule import Emitted, Knob, Task
+from pocktvm.tvm_api import load_attrs, relax, single_prim_func
+
+Expr = Any
+SPELLINGS: dict[str, Callable[[list[Expr], Node, tuple[int, ...], str], Expr]] = {}
+
+
+def spell(*names: str) -> Callable[[Any], Any]:
+    """Register how an operator is written in Relax: (operands, node, out shape, out dtype)."""
+
+    def register(function: Any) -> Any:
+        for name in names:
+            SPELLINGS[name] = function
+        return function
+
+    return register
+
+
+class Fallback:
+    """One node, through TVM's own legalization."""
+
+    name = "fallback"
+
+    def decline(self, task: Task) -> str | None:
+        """Groups are split by the driver before they come here."""
+        if task.node.body:
+            return "the fallback takes single operators"
+        if task.node.op not in SPELLINGS:
+            return f"no spelling of '{task.node.op}' in Relax"
+        return None
+
+    def knobs(self, task: Task) -> Mapping[str, Knob]:
+        """None."""
+        return {}
+
+    def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
+        """Legalize, then schedule every block; temporaries become workspace arguments."""
+        node = task.node
+        operands = [
+            relax.const(task.literals[n], task.values[n].dtype)
+            if n in task.literals
+            else relax.Var(f"a{i}", relax.TensorType(task.shape(n), task.values[n].dtype))
+            for i, n in enumerate(node.inputs)
+        ]
+        out = task.values[node.outputs[0]]
+        expr = SPELLINGS[node.op](operands, node, out.shape, out.dtype)
+        func = single_prim_func(expr, [o for o in operands if isinstance(o, relax.Var)])
+        if func is None:
+            raise PockError(
+                f"TVM has no implementation of '{node.op}' (layer '{node.layer}').\n"
+                "  Write the model without it, or add a rule to pocktvm/schedule/rules/."
+            )
+        func, workspaces = schedule_prim_func(func, task.target)
+        return Emitted(func, workspaces=workspaces)
+
+
+@spell("relax")
+def _relax(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
+    return relax.Call(load_op(node.attrs["op"]), a, attrs=load_attrs(node.attrs["relax_attrs"]))
+
+
+def load_op(name: str) -> Any:
+    """Relax's operator by name, with or without its prefix."""
+    from pocktvm.tvm_api import tvm
+
+    return tvm.ir.Op.get(name if name.startswith("relax.") else f"relax.{name}")
+
+
+def _reduction(function: Any) -> Any:
+    def write(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
+        return function(a[0], list(node.attrs["axes"]), node.attrs.get("keepdims", False))
+
+    return write
+
+
+for _name in ("sum", "mean", "max", "min", "prod"):
+    SPELLINGS[_name] = _reduction(getattr(relax.op, _name))
+
+
+@spell("argmax")
+def _argmax(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
+    axis, keep = node.attrs["axis"], node.attrs.get("keepdims", False)
+    return relax.op.astype(relax.op.argmax(a[0], axis, keep), dtype)
+
+
+@spell("softmax")
+def _softmax(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
+    return relax.op.nn.softmax(a[0], node.attrs["axis"])
+
+
+@spell("log_softmax")
+def _log_softmax(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
+    return relax.op.nn.log_softmax(a[0], node.attrs["axis"])
+
+
+@spell("softmax_grad")
+def _softmax_grad(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
+    dy, y = a
+    return (dy - relax.op.sum(dy * y, node.attrs["axis"], True)) * y
+
+
+@spell("log_softmax_grad")
+def _log_softmax_grad(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
+    dy, y = a
+    return dy - relax.op.exp(y) * relax.op.sum(dy, node.attrs["axis"], True)
+
+
+@spell("matmul")
+def _matmul(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
+    def turned(x: Expr, flag: str) -> Expr:
+        if not node.attrs.get(flag):
+            return x
+        rank = len(x.ty.shape)
+        return relax.op.permute_dims(x, [*range(rank - 2), rank - 1, rank - 2])
+
+    left = _normal(turned(a[0], "transpose_a"))
+    return relax.op.matmul(left, _normal(turned(a[1], "transpose_b")))
+
+
+@spell("permute_dims")
+def _permute_dims(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
+    return relax.op.permute_dims(a[0], list(node.attrs["axes"]))
+
+
+@spell("broadcast_to")
+def _broadcast_to(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
+    return relax.op.broadcast_to(a[0], shape)
+
+
+@spell("concat")
+def _concat(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
+    return relax.op.concat(a, node.attrs["axis"])
+
+
+@spell("take")
+def _take(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
+    return relax.op.take(a[0], a[1], node.attrs["axis"])
+
+
+@spell("gather_elements")
+def _gather_elements(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
+    return relax.op.gather_elements(a[0], a[1], node.attrs["axis"])
+
+
+@spell("scatter_add_elements")
+def _scatter_add(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
+    zeros = relax.op.zeros(shape, dtype)
+    return relax.op.scatter_elements(zeros, a[1], a[0], node.attrs["axis"], "add")
+
+
+@spell("cumsum")
+def _cumsum(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
+    axis = node.attrs["axis"]
+    x = relax.op.flip(a[0], axis) if node.attrs.get("reverse") else a[0]
+    y = relax.op.cumsum(x, axis, dtype, node.attrs.get("exclusive", False))
+    return relax.op.flip(y, axis) if node.attrs.get("reverse") else y
+
+
+@spell("strided_slice")
+def _strided_slice(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
+    at = node.attrs
+    axes = list(range(len(at["begin"])))
+    return relax.op.strided_slice(
+        a[0], axes, list(at["begin"]), list(at["end"]), list(at["strides"])
+    )
+
+
+@spell("pad")
+def _pad(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
+    at = node.attrs
+    return relax.op.nn.pad(
+        a[0], list(at["pad_width"]), at.get("value", 0.0), at.get("mode", "constant")
+    )
+
+
+@spell("resize2d")
+def _resize2d(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
+    at = node.attrs
+    spatial = shape[1:3] if at["layout"] == "NHWC" else shape[2:4]
+    mode = (
+        "align_corners"
+        if at.get("align_corners")
+        else ("half_pixel" if at["method"] == "linear" else "asymmetric")
+    )
+    return relax.op.image.resize2d(
+        a[0],
+        tuple(spatial),
+        layout=at["layout"],
+        method=at["method"].replace("nearest", "nearest_neighbor"),
+        coordinate_transformation_mode=mode,
+        rounding_method="floor",
+    )
+
+
+def _normal(expr: Expr) -> Expr:
+    return expr
