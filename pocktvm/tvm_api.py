@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import types
+from functools import cache
 from typing import Any
 
 _stub = types.ModuleType("tvm.s_tir.tensor_intrin")
@@ -15,14 +16,25 @@ _stub.__path__ = []  # a package, so that a submodule can still be imported by n
 sys.modules.setdefault("tvm.s_tir.tensor_intrin", _stub)
 
 import tvm  # noqa: E402
-from tvm import relax, tirx  # noqa: E402
+from tvm import relax, te, tirx, topi  # noqa: E402
 from tvm.ir import IRModule  # noqa: E402
+from tvm.s_tir import Schedule  # noqa: E402
 from tvm.script.ir_builder import IRBuilder  # noqa: E402
 from tvm.script.ir_builder import tirx as T  # noqa: E402
-from tvm.s_tir import Schedule  # noqa: E402
 from tvm.target import Target as TvmTarget  # noqa: E402
 
-__all__ = ["IRBuilder", "IRModule", "Schedule", "T", "TvmTarget", "relax", "tirx", "tvm", "version"]
+__all__ = [
+    "IRBuilder",
+    "IRModule",
+    "Schedule",
+    "T",
+    "TvmTarget",
+    "relax",
+    "tirx",
+    "topi",
+    "tvm",
+    "version",
+]
 
 
 def version() -> str:
@@ -43,31 +55,54 @@ def torch_importer() -> type:
 
 
 def single_prim_func(expr: Any, params: list[Any]) -> Any | None:
-    """The one TIR function that computes a Relax expression of `params`, or None without one.
+    """The one TIR function that computes a Relax operator of `params`, or None without one.
 
-    Several operators are fused into one function. Raises nothing for an operator TVM cannot
-    legalize: it returns None."""
+    `expr` is a Relax call, or a function of tensor expressions to be called with the params."""
     builder = relax.BlockBuilder()
     with builder.function("main", params):
         with builder.dataflow():
-            result = builder.emit_output(builder.normalize(expr))
+            if isinstance(expr, tvm.ir.Call):
+                call = builder.normalize(expr)
+            else:
+                call = builder.call_te(expr, *params)
+            result = builder.emit_output(call)
         builder.emit_func_output(result)
-    passes = [relax.transform.LegalizeOps(), relax.transform.FoldConstant()]
-    if len(_calls(builder.get())) > 1:
-        passes += [
-            relax.transform.AnnotateTIROpPattern(),
-            relax.transform.FuseOps(fuse_opt_level=2),
-            relax.transform.FuseTIR(),
-        ]
-    module = tvm.transform.Sequential(passes)(builder.get())
+    module = relax.transform.LegalizeOps()(builder.get())
     functions = [f for f in module.functions.values() if isinstance(f, tirx.PrimFunc)]
     if len(functions) != 1:
         return None
     return functions[0].with_attr("global_symbol", "main").with_attr("tirx.noalias", True)
 
 
-def _calls(module: Any) -> list[Any]:
-    return [b for block in module["main"].body.blocks for b in block.bindings]
+def load_op(name: str) -> Any:
+    """An operator by its full name, or Relax's by the name without `relax.`."""
+    return tvm.ir.Op.get(name if name in _op_names() else f"relax.{name}")
+
+
+@cache
+def _op_names() -> frozenset[str]:
+    return frozenset(str(n) for n in tvm.ir.Op.list_op_names())
+
+
+def broadcast_matmul(
+    a: Any, b: Any, shape: tuple[int, ...], transpose_a: bool, transpose_b: bool
+) -> Any:
+    """numpy's matmul of tensors of rank >= 2 as a tensor expression; batch axes broadcast."""
+    depth = te.reduce_axis((0, a.shape[-2 if transpose_a else -1]), name="k")
+
+    def element(tensor: Any, index: tuple[Any, ...], pair: tuple[Any, Any]) -> Any:
+        rank = len(tensor.shape)
+        batch = index[len(index) - rank : -2] if rank > 2 else ()
+        batch = [0 if int(e) == 1 else i for e, i in zip(tensor.shape, batch, strict=False)]
+        return tensor(*batch, *pair)
+
+    def compute(*index: Any) -> Any:
+        i, j = index[-2:]
+        left = element(a, index, (depth, i) if transpose_a else (i, depth))
+        right = element(b, index, (j, depth) if transpose_b else (depth, j))
+        return te.sum(left * right, axis=depth)
+
+    return te.compute(shape, compute, name="matmul")
 
 
 def load_attrs(text: str) -> Any:
@@ -89,19 +124,21 @@ def hoist_allocations(func: Any) -> tuple[Any, tuple[tuple[int, str], ...]]:
     temporaries = list(root.alloc_buffers)
     if not temporaries:
         return func, ()
-    params, buffers = list(func.params), dict(func.buffer_map.items())
     sizes = []
-    for number, buffer in enumerate(temporaries):
-        handle = tirx.Var(f"t{number}", "handle")
-        params.append(handle)
-        buffers[handle] = buffer
+    for buffer in temporaries:
         elements = 1
         for extent in buffer.shape:
             elements *= int(extent)
         sizes.append((elements, str(buffer.dtype)))
-    bare = tirx.SBlock(
+    bare = tvm.s_tir.SBlock(
         root.iter_vars, root.reads, root.writes, root.name_hint, root.body, root.init, [],
         root.match_buffers, root.annotations,
     )  # fmt: skip
-    body = tirx.SBlockRealize(realize.iter_values, realize.predicate, bare)
-    return tirx.PrimFunc(params, body, func.ret_type, buffers, func.attrs), tuple(sizes)
+    body = tvm.s_tir.SBlockRealize(realize.iter_values, realize.predicate, bare)
+    params = [*func.params, *temporaries]
+    return tirx.PrimFunc(params, body, func.ret_type, func.attrs), tuple(sizes)
+
+
+def buffer_types(func: Any) -> list[tuple[tuple[int, ...], str]]:
+    """(shape, dtype) of every buffer argument of a TIR function."""
+    return [(tuple(int(e) for e in p.shape), str(p.dtype)) for p in func.params]

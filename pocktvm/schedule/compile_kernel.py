@@ -13,7 +13,7 @@ from pocktvm.ir.kernels import ArgSpec, Kernel
 from pocktvm.schedule.cache import KernelCache, key_of
 from pocktvm.schedule.rule import Emitted, Pack, Rule, Task, defaults
 from pocktvm.schedule.rules import RULES
-from pocktvm.tvm_api import IRModule, tvm, tvm_target, version
+from pocktvm.tvm_api import IRModule, buffer_types, tvm, tvm_target, version
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,8 @@ def compile_object(func: Any, symbol: str, task: Task) -> bytes:
 
 
 def _facts(emitted: Emitted) -> dict[str, Any]:
-    func = emitted.func
-    args = []
-    for param in func.params:
-        buffer = func.buffer_map[param]
-        args.append([[int(e) for e in buffer.shape], str(buffer.dtype)])
     return {
-        "args": args,
+        "args": buffer_types(emitted.func),
         "workspaces": [list(w) for w in emitted.workspaces],
         "inplace": [list(p) for p in emitted.inplace],
         "pack": {str(i): [p.name, dict(p.params)] for i, p in emitted.pack.items()},

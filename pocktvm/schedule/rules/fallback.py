@@ -13,7 +13,7 @@ from pocktvm.errors import PockError
 from pocktvm.ir.graph import Node
 from pocktvm.schedule.default_schedule import schedule_prim_func
 from pocktvm.schedule.rule import Emitted, Knob, Task
-from pocktvm.tvm_api import load_attrs, relax, single_prim_func
+from pocktvm.tvm_api import broadcast_matmul, load_attrs, load_op, relax, single_prim_func, topi
 
 Expr = Any
 SPELLINGS: dict[str, Callable[[list[Expr], Node, tuple[int, ...], str], Expr]] = {}
@@ -73,13 +73,6 @@ def _relax(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Exp
     return relax.Call(load_op(node.attrs["op"]), a, attrs=load_attrs(node.attrs["relax_attrs"]))
 
 
-def load_op(name: str) -> Any:
-    """Relax's operator by name, with or without its prefix."""
-    from pocktvm.tvm_api import tvm
-
-    return tvm.ir.Op.get(name if name.startswith("relax.") else f"relax.{name}")
-
-
 def _reduction(function: Any) -> Any:
     def write(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
         return function(a[0], list(node.attrs["axes"]), node.attrs.get("keepdims", False))
@@ -109,26 +102,20 @@ def _log_softmax(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) 
 
 @spell("softmax_grad")
 def _softmax_grad(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
-    dy, y = a
-    return (dy - relax.op.sum(dy * y, node.attrs["axis"], True)) * y
+    axis = node.attrs["axis"]
+    return lambda dy, y: topi.multiply(topi.subtract(dy, topi.sum(dy * y, axis, True)), y)
 
 
 @spell("log_softmax_grad")
 def _log_softmax_grad(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
-    dy, y = a
-    return dy - relax.op.exp(y) * relax.op.sum(dy, node.attrs["axis"], True)
+    axis = node.attrs["axis"]
+    return lambda dy, y: topi.subtract(dy, topi.multiply(topi.exp(y), topi.sum(dy, axis, True)))
 
 
 @spell("matmul")
 def _matmul(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
-    def turned(x: Expr, flag: str) -> Expr:
-        if not node.attrs.get(flag):
-            return x
-        rank = len(x.ty.shape)
-        return relax.op.permute_dims(x, [*range(rank - 2), rank - 1, rank - 2])
-
-    left = _normal(turned(a[0], "transpose_a"))
-    return relax.op.matmul(left, _normal(turned(a[1], "transpose_b")))
+    flags = bool(node.attrs.get("transpose_a")), bool(node.attrs.get("transpose_b"))
+    return lambda x, y: broadcast_matmul(x, y, shape, *flags)
 
 
 @spell("permute_dims")
@@ -158,16 +145,18 @@ def _gather_elements(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: s
 
 @spell("scatter_add_elements")
 def _scatter_add(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
-    zeros = relax.op.zeros(shape, dtype)
-    return relax.op.scatter_elements(zeros, a[1], a[0], node.attrs["axis"], "add")
+    axis = node.attrs["axis"]
+    return lambda dy, indices: topi.scatter_elements(
+        topi.full(shape, dtype, 0.0), indices, dy, axis, "add"
+    )
 
 
 @spell("cumsum")
 def _cumsum(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> Expr:
-    axis = node.attrs["axis"]
-    x = relax.op.flip(a[0], axis) if node.attrs.get("reverse") else a[0]
-    y = relax.op.cumsum(x, axis, dtype, node.attrs.get("exclusive", False))
-    return relax.op.flip(y, axis) if node.attrs.get("reverse") else y
+    axis, exclusive = node.attrs["axis"], node.attrs.get("exclusive", False)
+    if not node.attrs.get("reverse"):
+        return lambda x: topi.cumsum(x, axis, dtype, exclusive)
+    return lambda x: topi.flip(topi.cumsum(topi.flip(x, axis), axis, dtype, exclusive), axis)
 
 
 @spell("strided_slice")
@@ -204,7 +193,3 @@ def _resize2d(a: list[Expr], node: Node, shape: tuple[int, ...], dtype: str) -> 
         coordinate_transformation_mode=mode,
         rounding_method="floor",
     )
-
-
-def _normal(expr: Expr) -> Expr:
-    return expr
