@@ -1,0 +1,5 @@
+"""One self-contained HTML page about an artifact."""
+
+from pocktvm.report.page import report
+
+__all__ = ["report"]
