@@ -1,0 +1,135 @@
+"""`pocktvm build`: a model in, an artifact folder out; nothing to do where one is up to date."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pocktvm.cli import options
+from pocktvm.cli.fingerprint import fingerprint, is_current
+from pocktvm.cli.progress import Progress
+from pocktvm.cli.show import show
+from pocktvm.errors import PockError
+from pocktvm.manifest import STAMP, read_manifest, summary
+
+if TYPE_CHECKING:
+    from pocktvm.ir.target import Target
+
+Budget = Annotated[
+    int | None,
+    typer.Option(parser=options.size, metavar="SIZE", help="bound of total_bytes: 64MB, 64MiB"),
+]
+Rate = Annotated[
+    float | None,
+    typer.Option(parser=options.rate, metavar="X", help="stored default learning rate"),
+]
+
+
+def build(
+    model: Annotated[
+        str,
+        typer.Argument(help="zoo name with options, file.py:function, or file.onnx"),
+    ] = "mobilenetv2",
+    target: Annotated[str, typer.Option(help="a name of `pocktvm targets`, or a TOML")] = "host",
+    scheme: Annotated[
+        str, typer.Option(help="full, last, bias:N, blocks:N, pockengine, a TOML, or JSON")
+    ] = "pockengine",
+    batch: Annotated[int | None, typer.Option(min=1, help="samples per step")] = None,
+    weights: Annotated[Path | None, typer.Option(help="safetensors, torch's names")] = None,
+    loss: Annotated[str | None, typer.Option(help="cross_entropy, mse, …, none")] = None,
+    optimizer: Annotated[str, typer.Option(help="sgd, momentum, adam, …, with :options")] = "sgd",
+    lr: Rate = None,
+    budget: Budget = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="default number of threads")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="the artifact's folder")] = None,
+    force: Annotated[bool, typer.Option(help="build even when up to date")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
+) -> None:
+    """Compile MODEL for a target into a folder that trains there."""
+    wanted: dict[str, Any] = {
+        "model": model, "scheme": scheme, "batch": batch, "loss": loss, "optimizer": optimizer,
+        "lr": lr, "budget": budget, "threads": threads,
+    }  # fmt: skip
+    device = _check(target, scheme, weights)
+    folder = out or Path("build") / device.name / model_name(model)
+    key = fingerprint({**wanted, "target": device}, _files(model, scheme, weights))
+    current = not force and is_current(folder, key)
+    if not current:
+        started = time.monotonic()
+        _compile(wanted, device, weights, folder)
+        _stamp(folder, key, round(time.monotonic() - started, 2))
+    facts = {**summary(folder, read_manifest(folder)), "up_to_date": current}
+    if as_json:
+        print(json.dumps(facts))
+        return
+    show(facts)
+    print(f"\nup to date: {folder}" if current else f"\n{folder} in {facts['seconds']:.1f} s")
+
+
+def model_name(spec: str) -> str:
+    """The artifact's name: the zoo's, the function's, or the file's."""
+    if spec.endswith(".onnx"):
+        return Path(spec).stem
+    path, colon, function = spec.rpartition(":")
+    return function if colon and path.endswith(".py") else Path(spec.partition(":")[0]).stem
+
+
+def _check(target: str, scheme: str, weights: Path | None) -> Target:
+    """Everything that can be refused before torch is imported."""
+    from pocktvm.ir.scheme import Scheme
+    from pocktvm.targets import load_target
+
+    device = load_target(target)
+    Scheme.parse(scheme)
+    if weights is not None and not weights.is_file():
+        raise PockError(f"no weights at {weights}: --weights takes a safetensors file")
+    return device
+
+
+def _files(model: str, scheme: str, weights: Path | None) -> list[Path]:
+    """The user's files a build reads."""
+    source = model.rpartition(":")[0] if ".py:" in model else model
+    names = [source, scheme if scheme.endswith(".toml") else "", str(weights or "")]
+    return [Path(n).resolve() for n in names if n and Path(n).is_file()]
+
+
+def _compile(wanted: dict[str, Any], target: Target, weights: Path | None, folder: Path) -> None:
+    """Import, compile, write; the folder appears whole or not at all."""
+    with Progress() as bar:
+        bar("loading the compiler")
+        from pocktvm.autodiff.optimizers import parse_optimizer
+        from pocktvm.compiler import compile as compile_model
+        from pocktvm.frontend.resolve import resolve_model
+
+        optimizer = parse_optimizer(wanted["optimizer"])
+        bar("loading the model")
+        source = resolve_model(wanted["model"], batch=wanted["batch"], weights=weights)
+        compile_model(
+            source.module,
+            source.example_inputs,
+            target=target,
+            scheme=wanted["scheme"],
+            loss=wanted["loss"] or source.loss,
+            optimizer=optimizer,
+            lr=wanted["lr"],
+            budget=wanted["budget"],
+            threads=wanted["threads"],
+            name=source.name,
+            published=source.scheme,
+            mean=source.mean,
+            scale=source.scale,
+            out=folder,
+            progress=bar,
+        )
+
+
+def _stamp(folder: Path, key: str, seconds: float) -> None:
+    """Written last: a folder without it is built again."""
+    part = folder / f"{STAMP}.part"
+    part.write_text(json.dumps({"key": key, "seconds": seconds}) + "\n")
+    os.replace(part, folder / STAMP)

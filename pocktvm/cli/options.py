@@ -1,0 +1,42 @@
+"""Option types the parser itself can refuse (exit code 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from pocktvm.units import parse_bytes, parse_seconds
+
+
+def size(text: str) -> int:
+    """`64MB`, `64MiB` -> bytes."""
+    return _refuse(parse_bytes, text)
+
+
+def seconds(text: str) -> float:
+    """`1s`, `500ms` -> seconds."""
+    return _refuse(parse_seconds, text)
+
+
+def rate(text: str) -> float:
+    """A learning rate: finite and not negative."""
+    return _refuse(_rate, text)
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"'{text}' is no learning rate: a number of 0 or more")
+    return value
+
+
+def _refuse(parse: Callable[[str], Any], text: Any) -> Any:
+    if not isinstance(text, str):  # a default passes through the parser, too
+        return text
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error

@@ -1,0 +1,101 @@
+"""`pocktvm run`: train with an artifact's own program, under an emulator where it is foreign.
+
+Imports neither torch nor TVM: this process only checks the data, starts `pocktvm-run`, and passes
+on what it says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pocktvm.cli import options
+from pocktvm.errors import InternalError, PockError
+from pocktvm.manifest import check_files, emulator_of, manifest_inputs, read_manifest
+
+Rate = Annotated[
+    float | None, typer.Option(parser=options.rate, metavar="X", help="learning rate, per step")
+]
+Every = Annotated[
+    float | None,
+    typer.Option(parser=options.seconds, metavar="TIME", help="save this often: 1s, 500ms"),
+]
+
+
+def run(
+    artifact: Annotated[Path, typer.Argument(help="an artifact's folder")],
+    data: Annotated[Path | None, typer.Option(help="safetensors, npz, or a folder of npy")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="total, resumed steps included")] = None,
+    lr: Rate = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="threads of the trainer")] = None,
+    save: Annotated[Path | None, typer.Option(help="checkpoint to write, at the end too")] = None,
+    save_every: Every = None,
+    resume: Annotated[Path | None, typer.Option(help="checkpoint to go on from")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="order of the samples")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
+) -> None:
+    """Train ARTIFACT; without --data one generated batch is repeated and its loss falls."""
+    if save_every is not None and save is None:
+        raise typer.BadParameter("--save-every needs --save FILE")
+    manifest = read_manifest(artifact)
+    check_files(artifact, manifest)
+    emulator = emulator_of(manifest)
+    _check_paths(save, resume)
+    with _data_flags(data, manifest) as data_flags:
+        command = [*emulator, str(artifact / "pocktvm-run"), str(artifact), *data_flags]
+        command += _flags(
+            steps=steps, lr=lr, threads=threads, save=save, resume=resume, seed=seed,
+            save_every=None if save_every is None else f"{save_every:g}s",
+        )  # fmt: skip
+        if as_json:
+            command.append("--json")
+        _start(command, as_json=as_json, emulated=bool(emulator))
+
+
+def _flags(**values: Any) -> list[str]:
+    """`--save-every 1s` and so on, for the values that were given."""
+    given = [(f"--{k.replace('_', '-')}", str(v)) for k, v in values.items() if v is not None]
+    return [word for pair in given for word in pair]
+
+
+@contextlib.contextmanager
+def _data_flags(data: Path | None, manifest: dict[str, Any]) -> Iterator[list[str]]:
+    if data is None:
+        yield []
+        return
+    from pocktvm.data import device_file
+
+    with device_file(data, manifest_inputs(manifest)) as path:
+        yield ["--data", str(path)]
+
+
+def _check_paths(save: Path | None, resume: Path | None) -> None:
+    """Refuse before any step what would fail at the first save."""
+    if resume is not None and not resume.is_file():
+        raise PockError(f"no checkpoint at {resume}: --resume takes what --save wrote")
+    if save is not None and not save.absolute().parent.is_dir():
+        raise PockError(f"no folder {save.absolute().parent} to save {save.name} in: create it")
+
+
+def _start(command: list[str], *, as_json: bool, emulated: bool) -> None:
+    """Run the trainer to its end; its exit code is ours."""
+    from pocktvm.runtime.child import wait_for
+
+    code, stdout = wait_for(command, capture=as_json)
+    if code < 0 or code > 128:
+        raise InternalError(f"{' '.join(command)} was killed by signal {abs(code) % 128}")
+    if code != 0:
+        raise typer.Exit(3 if code == 3 else 1)
+    if as_json:
+        result = json.loads(stdout)
+        result["emulated"] = emulated
+        if emulated:  # the emulator's memory, not the trainer's
+            result["peak_rss_bytes"] = None
+        json.dump(result, sys.stdout)
+        print()

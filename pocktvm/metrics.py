@@ -1,0 +1,126 @@
+"""Loss and accuracy over a data set, in numpy, with the meaning torch.nn.functional gives them.
+
+Batches add up to sums and weights, so that a padded last batch counts only its real samples and
+the mean over the data set does not depend on the batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from pocktvm.errors import PockError
+
+# (output, labels, options) -> sum of losses, what to divide it by
+Summed = tuple[float, float]
+
+
+@dataclass
+class Metrics:
+    """Adds batches up. `loss` is the text given to `--loss`; "none" means the output is it."""
+
+    loss: str
+    total: float = 0.0
+    weight: float = 0.0
+    correct: int = 0
+    counted: int = 0
+    samples: int = 0
+
+    def add(self, output: np.ndarray, labels: np.ndarray | None) -> None:
+        """Count one batch: model output and labels of the same number of samples."""
+        name, options = split_loss(self.loss)
+        output = np.asarray(output, np.float64)
+        self.samples += len(output) if output.ndim else 1
+        if name == "none" or labels is None:
+            self.total, self.weight = self.total + float(output.sum()), self.weight + output.size
+            return
+        summed, weight = _LOSSES[name](output, np.asarray(labels), options)
+        self.total, self.weight = self.total + summed, self.weight + weight
+        hits = _hits(name, output, labels, options)
+        self.correct, self.counted = self.correct + int(hits.sum()), self.counted + hits.size
+
+    def result(self) -> dict[str, float | int | None]:
+        """`loss`, `accuracy` (null where the loss has no classes), `samples`."""
+        return {
+            "loss": self.total / self.weight if self.weight else float("nan"),
+            "accuracy": self.correct / self.counted if self.counted else None,
+            "samples": self.samples,
+        }
+
+
+def split_loss(text: str) -> tuple[str, dict[str, str]]:
+    """`name:key=value,…` -> name, options. PockError for a loss there is no metric for."""
+    name, _, rest = text.partition(":")
+    if name != "none" and name not in _LOSSES:
+        raise PockError(f"no metric for the loss '{name}'; there are {', '.join(_LOSSES)}")
+    pairs = (item.partition("=") for item in rest.split(",") if item)
+    return name, {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _hits(
+    name: str, output: np.ndarray, labels: np.ndarray, options: Mapping[str, str]
+) -> np.ndarray:
+    """Which predictions are right, one entry per counted label; empty without classes."""
+    if name == "bce_with_logits":
+        return ((output > 0) == (labels > 0.5)).ravel()
+    if name != "cross_entropy":
+        return np.zeros(0, bool)
+    counted = labels != int(options.get("ignore_index", -100))
+    return (output.argmax(axis=1) == labels)[counted]
+
+
+def _cross_entropy(output: np.ndarray, labels: np.ndarray, options: Mapping[str, str]) -> Summed:
+    classes = output.shape[1]
+    shifted = output - output.max(axis=1, keepdims=True)
+    log_p = np.moveaxis(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), 1, -1)
+    log_p, flat = log_p.reshape(-1, classes), labels.reshape(-1)
+    counted = flat != int(options.get("ignore_index", -100))
+    log_p, flat = log_p[counted], flat[counted].astype(np.int64)
+    smoothing = float(options.get("label_smoothing", 0))
+    loss = -(1 - smoothing) * log_p[np.arange(len(flat)), flat] - smoothing * log_p.mean(axis=1)
+    return float(loss.sum()), float(len(flat))
+
+
+def _bce_with_logits(output: np.ndarray, labels: np.ndarray, options: Mapping[str, str]) -> Summed:
+    loss = np.maximum(output, 0) - output * labels + np.log1p(np.exp(-np.abs(output)))
+    return float(loss.sum()), float(loss.size)
+
+
+def _mse(output: np.ndarray, labels: np.ndarray, options: Mapping[str, str]) -> Summed:
+    return float(((output - labels) ** 2).sum()), float(output.size)
+
+
+def _l1(output: np.ndarray, labels: np.ndarray, options: Mapping[str, str]) -> Summed:
+    return float(np.abs(output - labels).sum()), float(output.size)
+
+
+def _huber(output: np.ndarray, labels: np.ndarray, options: Mapping[str, str]) -> Summed:
+    delta, gap = float(options.get("delta", 1)), np.abs(output - labels)
+    loss = np.where(gap <= delta, 0.5 * gap**2, delta * (gap - 0.5 * delta))
+    return float(loss.sum()), float(output.size)
+
+
+def _kl_div(output: np.ndarray, labels: np.ndarray, options: Mapping[str, str]) -> Summed:
+    """torch's F.kl_div(output, labels): output holds log-probabilities, 0·log 0 is 0."""
+    labels = labels.astype(np.float64)
+    log_labels = np.log(np.where(labels > 0, labels, 1))
+    return float((labels * (log_labels - output)).sum()), float(output.size)
+
+
+def _cosine_embedding(output: np.ndarray, labels: np.ndarray, options: Mapping[str, str]) -> Summed:
+    norms = np.linalg.norm(output, axis=-1) * np.linalg.norm(labels, axis=-1)
+    loss = 1 - (output * labels).sum(axis=-1) / np.maximum(norms, 1e-12)
+    return float(loss.sum()), float(loss.size)
+
+
+_LOSSES: dict[str, Callable[[np.ndarray, np.ndarray, Mapping[str, str]], Summed]] = {
+    "cross_entropy": _cross_entropy,
+    "bce_with_logits": _bce_with_logits,
+    "mse": _mse,
+    "l1": _l1,
+    "huber": _huber,
+    "kl_div": _kl_div,
+    "cosine_embedding": _cosine_embedding,
+}
