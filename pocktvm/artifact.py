@@ -1,0 +1,76 @@
+"""What `compile` returns: a folder that trains, with the plan that was printed for it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pocktvm.errors import PockError
+from pocktvm.ir.artifact import Identity, SelfTest
+from pocktvm.ir.kernels import Kernels
+from pocktvm.ir.memory import MemoryPlan
+from pocktvm.ir.target import Target
+
+
+class Artifact:
+    """A built artifact.
+
+    path     its folder (temporary until `save`, unless `out` was given)
+    plan     the memory plan: arena_bytes, lower_bound_bytes, total_bytes, by_class
+    updated  torch name -> share of the tensor that learns
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        plan: MemoryPlan,
+        identity: Identity,
+        kernels: Mapping[str, int],
+        keep: Any = None,
+    ) -> None:
+        self.path, self.plan, self.identity, self.kernels = path, plan, identity, kernels
+        self._keep = keep  # holds the temporary folder for as long as the artifact lives
+
+    @classmethod
+    def emit(
+        cls,
+        emitter: Callable[..., Path],
+        kernels: Kernels,
+        plan: MemoryPlan,
+        identity: Identity,
+        self_test: SelfTest,
+        target: Target,
+        out: str | Path | None,
+    ) -> Artifact:
+        """Write the folder with codegen's emitter and wrap it."""
+        keep = None if out is not None else tempfile.TemporaryDirectory(prefix="pocktvm-")
+        folder = Path(out) if out is not None else Path(keep.name) / identity.model
+        path = emitter(kernels, plan, identity, self_test, target, folder)
+        return cls(path, plan, identity, kernels.by_rule(), keep)
+
+    @property
+    def updated(self) -> dict[str, float]:
+        """Torch name -> share of the tensor that learns."""
+        return dict(self.identity.updated)
+
+    def load(self, threads: int | None = None) -> Any:
+        """A Trainer over this artifact (emulated when the target is not this machine)."""
+        from pocktvm.runtime.trainer import load
+
+        return load(self.path, threads=threads)
+
+    def save(self, folder: str | Path) -> Path:
+        """Copy the artifact to a folder, which must not hold something else."""
+        folder = Path(folder)
+        if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
+            raise PockError(f"'{folder}' exists and is not an artifact; choose another folder.")
+        try:
+            if folder.resolve() != self.path.resolve():
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(self.path, folder)
+        except OSError as error:
+            raise PockError(f"cannot write the artifact to '{folder}': {error.strerror}.") from None
+        return folder

@@ -1,0 +1,103 @@
+"""The whole compiler on one screen: a torch module in, an artifact that trains out.
+
+Read this first. Each line of `compile` is one room of the package, in the order of the pipeline;
+docs/design.md says why it is so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pocktvm import memory
+from pocktvm.artifact import Artifact
+from pocktvm.autodiff.differentiate import differentiate
+from pocktvm.autodiff.losses import parse_loss
+from pocktvm.autodiff.optimizers import parse_optimizer
+from pocktvm.codegen import emit_artifact
+from pocktvm.frontend.torch import import_torch
+from pocktvm.identity import identify, label_inputs
+from pocktvm.ir.scheme import Scheme
+from pocktvm.ir.target import Target
+from pocktvm.passes import run_passes
+from pocktvm.recorded import record_self_test
+from pocktvm.schedule import schedule
+from pocktvm.stages import Stages
+from pocktvm.targets import load_target
+from pocktvm.units import parse_bytes
+
+Progress = Callable[[str, str], None]
+
+
+def compile(
+    module: Any,
+    example_inputs: Any,
+    *,
+    target: str | Target = "host",
+    scheme: Any = "full",
+    loss: str = "cross_entropy",
+    optimizer: Any = None,
+    budget: int | str | None = None,
+    threads: int | None = None,
+    out: str | Path | None = None,
+    name: str = "model",
+    published: Mapping[str, Any] | None = None,
+    mean: Sequence[float] = (),
+    scale: Sequence[float] = (),
+    progress: Progress | None = None,
+) -> Artifact:
+    """Compile a module into an artifact that trains it.
+
+    module          an nn.Module; never mutated. It is trained at the shapes of `example_inputs`.
+    scheme          what learns: a name, a mapping of patterns, a TOML path, or a Scheme
+    loss            as text, with options after a colon ("cross_entropy:label_smoothing=0.1")
+    optimizer       pocktvm.SGD() and the like, or text ("adamw:weight_decay=0.01")
+    budget          most bytes the device may give (arena, frozen weights and code)
+    threads         stored default of the artifact; `load(threads=…)` overrides it
+    out             the artifact's folder; None keeps it in a temporary one (Artifact.save moves it)
+    published       the scheme that the name "pockengine" stands for
+    mean, scale     per channel: how the device reads uint8 samples
+    progress        called as (stage, detail) while it works
+
+    Raises PockError for everything the caller can mend, before any long work where possible.
+    """
+    device = target if isinstance(target, Target) else load_target(target)
+    wanted, loss_fn = Scheme.parse(scheme), parse_loss(loss)
+    optimizer_rule = parse_optimizer(optimizer or "sgd")
+    limit = parse_bytes(budget) if isinstance(budget, str) else budget
+    stages = Stages(progress)
+
+    stages.enter("import")
+    model = import_torch(
+        module, example_inputs, name=name, scheme=published, mean=mean, scale=scale
+    )
+    stages.saw("import", model.module)
+    updated = wanted.resolve(model)
+
+    stages.enter("differentiate")
+    graphs = differentiate(model, updated, loss_fn, optimizer_rule)
+    stages.saw("differentiate", *graphs)
+
+    stages.enter("record the self-test")
+    inputs = label_inputs(model, loss_fn)
+    self_test = record_self_test(graphs, inputs, optimizer_rule)
+
+    stages.enter("optimise the graph")
+    graphs = tuple(run_passes(graph, device, observe=stages.saw_pass) for graph in graphs)
+
+    stages.enter("compile kernels")
+    kernels = schedule(graphs, device, progress=stages.detail)
+
+    stages.enter("plan memory")
+    plan = memory.plan(kernels)
+    memory.verify(kernels, plan)
+    stages.saw("plan", plan)
+    memory.check_budget(plan, limit, target=device.name)
+
+    stages.enter("link")
+    identity = identify(
+        model, device, wanted, loss_fn, optimizer_rule, inputs, updated, kernels, plan,
+        seconds=stages.finish(), threads=threads,
+    )  # fmt: skip
+    return Artifact.emit(emit_artifact, kernels, plan, identity, self_test, device, out)

@@ -1,0 +1,71 @@
+"""The facts of a build that go into its manifest and its library."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from pocktvm.ir.artifact import Identity
+from pocktvm.ir.kernels import Kernels
+from pocktvm.ir.memory import MemoryPlan
+from pocktvm.ir.model import Input, Model
+from pocktvm.ir.target import Target
+from pocktvm.memory import timeline
+
+
+def label_inputs(model: Model, loss: Any) -> tuple[Input, ...]:
+    """The model's inputs, then the labels if the loss has any."""
+    label = loss.label_input(model.output_shape)
+    return (*model.inputs.values(), *((label,) if label is not None else ()))
+
+
+def identify(
+    model: Model,
+    target: Target,
+    scheme: Any,
+    loss: Any,
+    optimizer: Any,
+    inputs: tuple[Input, ...],
+    updated: Mapping[str, float],
+    kernels: Kernels,
+    plan: MemoryPlan,
+    **extra: Any,
+) -> Identity:
+    """Collect the identity of a build; `extra` goes to the manifest as it is."""
+    step = kernels.programs["step"]
+    return Identity(
+        model=model.name,
+        target=target.name,
+        scheme=str(scheme),
+        loss=str(loss),
+        optimizer=str(optimizer),
+        lr=float(optimizer.lr),
+        batch=inputs[0].shape[0] if inputs and inputs[0].shape else 1,
+        inputs=inputs,
+        output_shape=model.output_shape,
+        updated=dict(updated),
+        state={n: np.asarray(p.value) for n, p in model.parameters.items()},
+        aliases={n: p.aliases for n, p in model.parameters.items() if p.aliases},
+        versions=versions(),
+        extra={
+            **extra,
+            "notices": list(model.notices),
+            "timeline": timeline(step, plan),
+        },
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made the artifact."""
+    names = ("pocktvm", "apache-tvm", "apache-tvm-ffi", "torch", "numpy", "ziglang")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
