@@ -104,6 +104,11 @@ def test_an_input_read_twice_by_the_call_is_not_overwritten():
     result = plan(kernels)
     verify(kernels, result)
     assert result.offsets["step"]["x"] != result.offsets["step"]["y"]
+    b.calls[0] = replace(b.calls[0], inplace=((2, 0), (2, 1)))
+    kernels = b.build(output="y")
+    result = plan(kernels)
+    verify(kernels, result)
+    assert result.offsets["step"]["x"] == result.offsets["step"]["y"]
 
 
 def test_a_view_keeps_its_root_alive():

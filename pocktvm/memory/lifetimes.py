@@ -105,22 +105,24 @@ def live_ranges(program: Program) -> dict[str, Range]:
 def in_place(program: Program, kernels: Mapping[str, Kernel]) -> list[Block]:
     """Group live ranges into blocks: an output takes the place of an input that dies at its call.
 
-    Only where the kernel allows the pair, both take the same number of bytes, and the call reads
-    that input's memory through nothing but the pair.
+    Only where the kernel allows the pair, both take the same number of bytes, and every other
+    argument in that input's memory is a pair of the same output.
     """
     ranges = live_ranges(program)
     before: dict[str, str] = {}  # output root -> the input root whose place it takes
     taken: set[str] = set()
     for index, call in enumerate(program.calls):
-        for out_arg, in_arg in pairs(call, kernels):
+        allowed = pairs(call, kernels)
+        for out_arg, in_arg in allowed:
             old = ranges.get(program.root(call.args[in_arg]))
             new = ranges.get(program.root(call.args[out_arg]))
             if old is None or new is None or old is new:
                 continue
             dies_here = old.end == index and new.start == index and old.start < index
             free = old.name not in taken and new.name not in before
-            once = sum(program.root(name) == old.name for name in call.args) == 1
-            if dies_here and free and once and old.nbytes == new.nbytes:
+            uses = [i for i, name in enumerate(call.args) if program.root(name) == old.name]
+            paired = all((out_arg, i) in allowed for i in uses)
+            if dies_here and free and paired and old.nbytes == new.nbytes:
                 before[new.name] = old.name
                 taken.add(old.name)
     return _chains(ranges, before)
