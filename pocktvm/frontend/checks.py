@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -110,23 +109,3 @@ def _outputs(program: ExportedProgram) -> list[Any]:
 
 def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """'; nearest: a, b' or the first few there are."""
-    names = list(known)
-    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
-    return f"nearest: {', '.join(close)}" if close else f"there are: {', '.join(names[:20])}"
-
-
-def check_loaded(missing: list[str], extra: list[str], shapes: Mapping[str, str]) -> str:
-    """Text of what does not fit between a file of weights and a module; '' when all fits."""
-    lines = []
-    for title, names in (("missing in the file", missing), ("not in the model", extra)):
-        if names:
-            shown = ", ".join(names[:6]) + (f", … {len(names)} in all" if len(names) > 6 else "")
-            lines.append(f"  {title}: {shown}")
-    lines += [f"  {name}: {what}" for name, what in list(shapes.items())[:6]]
-    if len(shapes) > 6:
-        lines.append(f"  … and {len(shapes) - 6} more of another shape")
-    return "\n".join(lines)

@@ -9,6 +9,7 @@ Every Relax variable is recorded with the torch layer it comes from, for message
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -116,9 +117,10 @@ def _clip(importer: Any, x: Any, low: float | None, high: float | None) -> Any:
         return importer.block_builder.emit(relax.op.nn.relu6(x))
     if (low, high) == (0, None):
         return importer.block_builder.emit(relax.op.nn.relu(x))
-    info = np.finfo("float32") if _dtype(x).startswith("float") else np.iinfo(_dtype(x))
-    low = info.min if low is None else low
-    high = info.max if high is None else high
+    floating = _dtype(x).startswith("float")
+    info, number = (np.finfo("float32"), float) if floating else (np.iinfo(_dtype(x)), int)
+    low = number(info.min if low is None else low)
+    high = number(info.max if high is None else high)
     return importer.block_builder.emit(relax.op.clip(x, low, high))
 
 
@@ -225,6 +227,29 @@ def _zero_padding(node: fx.Node) -> list[int] | None:
     return (pad + [0, 0, 0, 0])[:4]
 
 
+@converts("max_pool2d_with_indices.default", "max_pool2d.default")
+def _max_pool2d(importer: Any, node: fx.Node) -> Any:
+    """The indices are not kept: whoever asks for them is refused."""
+    pool = _two(node.args[1])
+    pooled = importer.block_builder.emit(
+        relax.op.nn.max_pool2d(
+            importer.env[node.args[0]],
+            pool,
+            strides=_two(argument(node, 2, "stride") or pool),
+            padding=_two(argument(node, 3, "padding", 0)),
+            dilation=_two(argument(node, 4, "dilation", 1)),
+            ceil_mode=bool(argument(node, 5, "ceil_mode", False)),
+            layout="NCHW",
+        )
+    )
+    return pooled if operator_name(node) == "max_pool2d.default" else (pooled, None)
+
+
+def _two(value: Any) -> list[int]:
+    values = [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]
+    return values * 2 if len(values) == 1 else values
+
+
 # --- norms and attention -------------------------------------------------------------------------
 
 
@@ -285,3 +310,69 @@ def _masks(importer: Any, node: fx.Node, scores_shape: list[int], dtype: str) ->
         later = np.triu(np.ones(scores_shape[-2:], bool), 1)
         masks.append(relax.const(np.where(later, MASKED, 0).astype(dtype), dtype))
     return masks
+
+
+# --- parts of tensors ----------------------------------------------------------------------------
+# All of them become slices with plain bounds, so that slices can sink through rows (passes), and
+# no tuple or index tensor is left to differentiate.
+
+
+def _slice(importer: Any, x: Any, axis: int, begin: int, end: int, step: int = 1) -> Any:
+    return importer.block_builder.emit(
+        relax.op.strided_slice(x, axes=[axis], begin=[begin], end=[end], strides=[step])
+    )
+
+
+def _pieces(importer: Any, x: Any, axis: int, sizes: list[int]) -> list[Any]:
+    bounds = np.cumsum([0, *sizes]).tolist()
+    return [_slice(importer, x, axis, begin, end) for begin, end in pairwise(bounds)]
+
+
+def _without(importer: Any, x: Any, axis: int) -> Any:
+    shape = _shape(x)
+    return importer.block_builder.emit(relax.op.reshape(x, shape[:axis] + shape[axis + 1 :]))
+
+
+@converts("select.int")
+def _select(importer: Any, node: fx.Node) -> Any:
+    x, index = importer.env[node.args[0]], int(node.args[2])
+    axis = int(node.args[1]) % len(_shape(x))
+    index %= _shape(x)[axis]
+    return _without(importer, _slice(importer, x, axis, index, index + 1), axis)
+
+
+@converts("unbind.int")
+def _unbind(importer: Any, node: fx.Node) -> Any:
+    x = importer.env[node.args[0]]
+    axis = int(argument(node, 1, "dim", 0)) % len(_shape(x))
+    pieces = _pieces(importer, x, axis, [1] * _shape(x)[axis])
+    return [_without(importer, piece, axis) for piece in pieces]
+
+
+@converts("slice.Tensor")
+def _slice_tensor(importer: Any, node: fx.Node) -> Any:
+    x = importer.env[node.args[0]]
+    axis = int(argument(node, 1, "dim", 0)) % len(_shape(x))
+    size = _shape(x)[axis]
+    bounds = slice(argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step"))
+    begin, end, step = bounds.indices(size)
+    if (begin, end, step) == (0, size, 1):
+        return x
+    return _slice(importer, x, axis, begin, end, step)
+
+
+@converts("split.Tensor", "split_with_sizes.default", "chunk.default")
+def _split(importer: Any, node: fx.Node) -> Any:
+    x = importer.env[node.args[0]]
+    axis = int(argument(node, 2, "dim", 0)) % len(_shape(x))
+    sizes = [int(part.shape[axis]) for part in node.meta["val"]]
+    return _pieces(importer, x, axis, sizes)
+
+
+@converts("stack.default")
+def _stack(importer: Any, node: fx.Node) -> Any:
+    emit, parts = importer.block_builder.emit, [importer.env[part] for part in node.args[0]]
+    shape = _shape(parts[0])
+    axis = int(argument(node, 1, "dim", 0)) % (len(shape) + 1)
+    parts = [emit(relax.op.reshape(p, [*shape[:axis], 1, *shape[axis:]])) for p in parts]
+    return emit(relax.op.concat(parts, axis))

@@ -11,9 +11,25 @@ from pocktvm.models.common import ZooModel
 
 __all__ = ["MODELS", "ZooModel", "build", "canonical_name"]
 
-# name -> (file, options it sets)
+# name -> (file, options it sets; the user's options come after)
 MODELS: dict[str, tuple[str, dict[str, str]]] = {
     "mobilenetv2": ("mobilenetv2", {}),
+    "mcunet": ("mcunet", {}),
+    "resnet18": ("resnet", {"depth": "18"}),
+    "resnet50": ("resnet", {"depth": "50"}),
+    "vit-tiny": ("vit", {}),
+    "bert": ("bert", {}),
+    "distilbert": ("bert", {"depth": "6", "types": "0", "act": "relu"}),
+    "minilm": (
+        "bert",
+        {"depth": "6", "dim": "384", "hidden": "1536", "pool": "mean", "mask": "pad"},
+    ),
+    "llama": ("llama", {}),
+    "stories260k": (
+        "llama",
+        {"depth": "5", "dim": "64", "heads": "8", "kv": "4", "hidden": "172", "vocab": "512"},
+    ),
+    "cnn": ("cnn", {}),
     "mlp": ("mlp", {}),
 }
 
