@@ -1,0 +1,55 @@
+"""Graph to graph: what is decided between differentiation and scheduling.
+
+A pass is a function `Graph -> Graph` in the file of its name; its docstring opens with its picture.
+PIPELINE is the order, and the only place that knows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pocktvm.ir.graph import Graph
+from pocktvm.ir.target import Target
+from pocktvm.passes.assign_layout import assign_layout
+from pocktvm.passes.fold_constants import fold_constants
+from pocktvm.passes.fold_scales import fold_scales
+from pocktvm.passes.fuse import fuse
+from pocktvm.passes.order import order
+from pocktvm.passes.simplify import simplify
+
+Pass = Callable[[Graph], Graph]
+
+PIPELINE: tuple[Pass, ...] = (
+    simplify,
+    fold_constants,
+    fold_scales,
+    simplify,
+    assign_layout,
+    fold_constants,
+    simplify,
+    fuse,
+    order,
+)
+
+
+def run_passes(
+    graph: Graph,
+    target: Target | None = None,
+    observe: Callable[[int, str, Graph], None] | None = None,
+) -> Graph:
+    """`graph` through the pipeline.
+
+    `observe(index, pass name, graph)` is called after every pass, for dumps. With POCKTVM_CHECK=1
+    in the environment every pass must keep the reference's numbers on random inputs (slow).
+    `target` is what the passes may depend on; none does today.
+    """
+    for index, function in enumerate(PIPELINE):
+        before, graph = graph, function(graph).check()
+        if checking():
+            compare(before, graph, function.__name__)
+        if observe is not None:
+            observe(index, function.__name__, graph)
+    return graph
+
+
+from pocktvm.passes.compare import checking, compare  # noqa: E402

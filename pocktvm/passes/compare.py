@@ -1,0 +1,56 @@
+"""POCKTVM_CHECK=1: a pass must keep what the reference computes."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from pocktvm.errors import InternalError
+from pocktvm.ir.graph import Graph, Param
+from pocktvm.reference import evaluate
+
+RELATIVE = 2e-3  # of the largest magnitude: folded scales round differently
+
+
+def checking() -> bool:
+    """True when the environment asks for the comparison."""
+    return os.environ.get("POCKTVM_CHECK", "") not in ("", "0")
+
+
+def random_inputs(graph: Graph, seed: int = 0) -> dict[str, np.ndarray]:
+    """Arrays for the run-time inputs; integers are 0 or 1, which any table or class axis holds."""
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for name in graph.inputs:
+        value = graph.values[name]
+        if value.dtype == "float32":
+            arrays[name] = rng.standard_normal(value.shape).astype(np.float32)
+        else:
+            arrays[name] = rng.integers(0, 2, value.shape).astype(value.dtype)
+    return arrays
+
+
+def in_torch_layout(array: np.ndarray, param: Param) -> np.ndarray:
+    """A stored array in torch's order of axes."""
+    return array if param.perm is None else array.transpose(np.argsort(param.perm))
+
+
+def compare(before: Graph, after: Graph, name: str) -> None:
+    """Raise InternalError when outputs or updated parameters differ."""
+    inputs = random_inputs(before)
+    old, new = evaluate(before, inputs), evaluate(after, inputs)
+    pairs = {k: (v, new.outputs[k]) for k, v in old.outputs.items()}
+    for param, array in old.updates.items():
+        after_array = new.updates.get(param, after.params[param].value)
+        pairs[param] = (
+            in_torch_layout(array, before.params[param]),
+            in_torch_layout(after_array, after.params[param]),
+        )
+    for key, (a, b) in pairs.items():
+        scale = float(np.max(np.abs(a), initial=1e-6))
+        error = float(np.max(np.abs(a.astype(np.float64) - b), initial=0.0)) / scale
+        if a.shape != b.shape or not error <= RELATIVE:
+            raise InternalError(
+                f"pass '{name}' changes '{key}' of {before.name}: relative error {error:.2e}"
+            )

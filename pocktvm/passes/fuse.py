@@ -1,0 +1,236 @@
+"""Group nodes into kernels.
+
+    y = conv2d(x, w); z = add(y, b); r = relu6(z); s = add(r, skip)
+    →  group[conv2d + add + relu6 + add](x, w, b, skip) -> s
+
+An elementwise operator of its own reads and writes its whole tensor; behind a convolution or a
+matrix product it costs a register. The rules:
+
+- *Epilogue*: an elementwise node joins the group of an operand whose anchor (matmul, convolution,
+  pool, reduction) has exactly its result's shape.
+- *Chains*: elementwise nodes of one shape join each other; such a group, read by nobody else, then
+  joins the group that reads it (gelu(z) in front of an add behind a convolution).
+- *Prologue*: an elementwise group read by one reduction only becomes part of that reduction.
+- An update (w - lr * dw, with its states) is elementwise, so it lands behind its weight gradient,
+  and the gradient itself is never stored.
+
+A group runs at one *place* in the order, so a node may join only if its other operands exist before
+that place; when all readers of the group are this node, the group moves here instead. Values read
+outside become outputs of the group: they would be stored anyway. An update never joins a group
+that a later reader of the old parameter depends on (it could not be placed behind that reader).
+Softmax, layer_norm and cross_entropy stay single: their rules take whole rows.
+
+Runs after assign_layout and simplify: a view or a permute between two nodes ends a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from pocktvm.ir.graph import Graph, Node
+from pocktvm.ir.ops import REDUCTIONS, is_elementwise
+
+ANCHORS = REDUCTIONS | frozenset(
+    "matmul conv2d conv2d_input_grad conv2d_weight_grad max_pool2d max_pool2d_grad avg_pool2d "
+    "avg_pool2d_grad".split()
+)
+OPERANDS = 12  # distinct operands of a kernel; more do not stay in registers on any target
+
+
+@dataclass
+class Group:
+    """Members by index in the old order; `place` is where the group runs in that order."""
+
+    members: list[int]
+    place: int
+    shape: tuple[int, ...]
+    anchor: int | None  # index of the anchor node
+    open: bool  # takes elementwise nodes of `shape`
+    prologue: list[int] = field(default_factory=list)  # members ahead of a reduction
+
+    @property
+    def elementwise(self) -> bool:
+        """True for a group without an anchor that others may swallow."""
+        return self.open and self.anchor is None
+
+
+def fuse(graph: Graph) -> Graph:
+    """Partition the nodes into groups; a group of one stays the node it was."""
+    fuser = Fuser(graph)
+    for index in range(len(graph.nodes)):
+        fuser.visit(index)
+    return graph.with_(nodes=tuple(fuser.build()))
+
+
+class Fuser:
+    """Greedy, in execution order."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.nodes = graph.nodes
+        self.group_of: dict[int, Group] = {}
+        self.maker = {out: i for i, n in enumerate(self.nodes) for out in n.outputs}
+        self.readers: dict[str, list[int]] = {}
+        for i, node in enumerate(self.nodes):
+            for name in dict.fromkeys(node.inputs):
+                self.readers.setdefault(name, []).append(i)
+        self.results = graph.results()
+        self.updates: dict[str, list[str]] = {}
+        for param, value in graph.updates.items():
+            self.updates.setdefault(value, []).append(param)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a value."""
+        return tuple(self.graph.values[name].shape)
+
+    def visit(self, index: int) -> None:
+        """Put node `index` into a group."""
+        node = self.nodes[index]
+        if is_elementwise(node.op):
+            self._visit_elementwise(index)
+            return
+        group = Group([index], index, self.shape(node.outputs[0]), index, node.op in ANCHORS)
+        self.group_of[index] = group
+        if node.op in REDUCTIONS:
+            self._take_prologue(group, node.inputs[0])
+
+    def _visit_elementwise(self, index: int) -> None:
+        shape = self.shape(self.nodes[index].outputs[0])
+        alone = Group([index], index, shape, None, True)
+        self.group_of[index] = alone
+        candidates = [g for g in self._operand_groups(alone) if g.open and g.shape == shape]
+        # anchors before plain chains, later ones before earlier
+        candidates.sort(key=lambda g: (g.anchor is not None, g.place), reverse=True)
+        home = next((g for g in candidates if self._join(g, alone)), alone)
+        for group in candidates:
+            if group is not home and group.elementwise and self._all_read_by(group, home):
+                self._swallow(home, group)
+
+    def _operand_groups(self, group: Group) -> list[Group]:
+        """Groups that compute operands of `group`, each once."""
+        found: dict[int, Group] = {}
+        for name in self.operands([group]):
+            maker = self.maker.get(name)
+            if maker is not None and (other := self.group_of[maker]) is not group:
+                found[id(other)] = other
+        return list(found.values())
+
+    def operands(self, groups: Iterable[Group]) -> list[str]:
+        """What the union of these groups reads from outside, in order."""
+        members = sorted(m for g in groups for m in g.members)
+        inside = {out for m in members for out in self.nodes[m].outputs}
+        names = dict.fromkeys(i for m in members for i in self.nodes[m].inputs)
+        return [n for n in names if n not in inside]
+
+    def _all_read_by(self, group: Group, reader: Group) -> bool:
+        """True when nobody outside `reader` (and `group`) needs what `group` computes."""
+        for member in group.members:
+            for out in self.nodes[member].outputs:
+                if out in self.results:
+                    return False
+                for r in self.readers.get(out, ()):
+                    other = self.group_of.get(r)
+                    if other is None or (other is not reader and other is not group):
+                        return False
+        return True
+
+    def _join(self, group: Group, late: Group) -> bool:
+        """Merge the newest node into `group` at the group's place, or else here."""
+        if len(self.operands([group, late])) > OPERANDS:
+            return False
+        others = [g for g in self._operand_groups(late) if g is not group]
+        if all(g.place < group.place for g in others):
+            place = group.place
+        elif self._all_read_by(group, late):
+            place = late.place
+        else:
+            return False
+        if not self._updates_fit(group, late, place):
+            return False
+        self._merge(group, late, place)
+        return True
+
+    def _updates_fit(self, group: Group, late: Group, place: int) -> bool:
+        """An update must be able to run after every reader of the old parameter."""
+        params = [
+            p for m in (*group.members, *late.members) for o in self.nodes[m].outputs
+            for p in self.updates.get(o, ())
+        ]  # fmt: skip
+        if not params:
+            return True
+        if self._feeds_only_results(group, late):
+            return True
+        inside = {*group.members, *late.members}
+        readers = [r for p in params for r in self.readers.get(p, ()) if r not in inside]
+        return all(r in self.group_of and self.group_of[r].place < place for r in readers)
+
+    def _feeds_only_results(self, group: Group, late: Group) -> bool:
+        inside = {*group.members, *late.members}
+        return all(
+            r in inside
+            for m in inside
+            for o in self.nodes[m].outputs
+            for r in self.readers.get(o, ())
+        )
+
+    def _swallow(self, home: Group, group: Group) -> None:
+        """An elementwise group only `home` reads moves into it, unless it reads too much."""
+        if len(self.operands([home, group])) > OPERANDS or group.place > home.place:
+            return
+        full = [n for n in self.operands([group]) if self._stays_live(n, group)]
+        if len(full) <= 1:  # its one result made way for at most one operand kept longer
+            self._merge(home, group, home.place)
+
+    def _stays_live(self, name: str, group: Group) -> bool:
+        """True for a tensor of the group's shape that no later node would have kept anyway."""
+        if name not in self.maker or self.shape(name) != group.shape:
+            return False
+        return max(self.readers[name]) <= max(group.members)
+
+    def _take_prologue(self, reduction: Group, operand: str) -> None:
+        maker = self.maker.get(operand)
+        if maker is None:
+            return
+        group = self.group_of[maker]
+        if not group.elementwise or not self._all_read_by(group, reduction):
+            return
+        if len(self.operands([reduction, group])) <= OPERANDS:
+            reduction.prologue = list(group.members)
+            self._merge(reduction, group, reduction.place)
+
+    def _merge(self, group: Group, other: Group, place: int) -> None:
+        group.members = sorted({*group.members, *other.members})
+        group.place = place
+        for member in other.members:
+            self.group_of[member] = group
+
+    def build(self) -> list[Node]:
+        """The groups as nodes, in order of their places."""
+        groups = {id(g): g for g in self.group_of.values()}
+        return [self._node(g) for g in sorted(groups.values(), key=lambda g: g.place)]
+
+    def _node(self, group: Group) -> Node:
+        if len(group.members) == 1:
+            return self.nodes[group.members[0]]
+        body = tuple(self.nodes[m] for m in group.members)
+        members = set(group.members)
+        outputs = [
+            out
+            for node in body
+            for out in node.outputs
+            if out in self.results or any(r not in members for r in self.readers.get(out, ()))
+        ]
+        anchor = None if group.anchor is None else group.members.index(group.anchor)
+        kind = "elementwise" if group.anchor is None else self.nodes[group.anchor].op
+        layer = next((n.layer for n in body if n.layer), "")
+        if group.anchor is not None and self.nodes[group.anchor].layer:
+            layer = self.nodes[group.anchor].layer
+        return Node(
+            "group",
+            tuple(self.operands([group])),
+            tuple(outputs),
+            {"anchor": anchor, "kind": kind},
+            layer,
+            body,
+        )
