@@ -1,0 +1,1 @@
+"""Measurements: whole steps beside their peers, kernels beside their rooflines, emulated counts."""

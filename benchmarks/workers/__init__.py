@@ -1,0 +1,1 @@
+"""One process a contestant; each speaks the same two-line protocol (protocol.py)."""
