@@ -36,7 +36,6 @@ def identify(
     **extra: Any,
 ) -> Identity:
     """Collect the identity of a build; `extra` goes to the manifest as it is."""
-    step = kernels.programs["step"]
     return Identity(
         model=model.name,
         target=target.name,
@@ -54,7 +53,7 @@ def identify(
         extra={
             **extra,
             "notices": list(model.notices),
-            "timeline": timeline(step, plan),
+            "timeline": {n: timeline(kernels, p, plan) for n, p in kernels.programs.items()},
         },
     )
 

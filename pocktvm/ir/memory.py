@@ -28,3 +28,18 @@ class MemoryPlan:
     offsets: Mapping[str, Mapping[str, int]]
     by_class: Mapping[str, int]
     peak_call: str = ""
+
+    def __str__(self) -> str:
+        lines = [
+            f"arena {self.arena_bytes} bytes, lower bound {self.lower_bound_bytes} "
+            f"(at '{self.peak_call}'), total {self.total_bytes}",
+            "  " + ", ".join(f"{name} {nbytes}" for name, nbytes in self.by_class.items()),
+        ]
+        for program, offsets in self.offsets.items():
+            lines.append(f"{program}, persistent up to {self.persistent_bytes}")
+            lines += [f"  {at:>12} {name}" for name, at in sorted(offsets.items(), key=_place)]
+        return "\n".join(lines)
+
+
+def _place(item: tuple[str, int]) -> tuple[int, str]:
+    return item[1], item[0]
