@@ -1,8 +1,10 @@
 """Datasets from files: safetensors, npz, or a folder of npy; keys are input names plus `y`.
 
-Axis 0 is samples. What the device reads is safetensors with float32, uint8 and int32 tensors, so
-other formats and wider types are converted into a temporary file, after every check that is
-cheaper here than on a device. Imports neither torch nor TVM.
+Axis 0 is samples. What the device reads is safetensors with float32, uint8, int32 and int64
+tensors, so other formats and types are converted into a temporary file, after every check that is
+cheaper here than on a device. Images of uint8 may have their channels first or last.
+
+Imports neither torch nor TVM.
 """
 
 from __future__ import annotations
@@ -59,8 +61,8 @@ def check_data(
 ) -> dict[str, np.ndarray]:
     """The arrays as the device reads them, in the inputs' order.
 
-    `inputs` are the model's, labels last. Integers become int32, other floats float32, uint8 stays
-    where a float input is normalised on the device. PockError: a missing or an extra key, a
+    `inputs` are the model's, labels last. Small integers become int32, other floats float32, uint8
+    stays where a float input is normalised on the device. PockError: a missing or an extra key, a
     sample's shape, a dtype, a label out of range, NaN, differing counts, fewer samples than a batch
     (`whole_batch`).
     """
@@ -130,11 +132,12 @@ def _check_keys(arrays: Mapping[str, np.ndarray], inputs: Sequence[Input], where
 def _check_array(array: np.ndarray, spec: Input, where: str) -> np.ndarray:
     """One array in the device's dtype, its sample shape and values checked."""
     here = f"{where}: '{spec.name}'"
-    sample = tuple(spec.shape[1:])
-    if array.ndim != len(spec.shape) or tuple(array.shape[1:]) != sample:
+    found, sample = tuple(array.shape[1:]), tuple(spec.shape[1:])
+    channels_last = array.dtype == np.uint8 and _channels_first(found) == sample
+    if array.ndim != len(spec.shape) or (found != sample and not channels_last):
         raise PockError(
-            f"{here} has samples of shape {tuple(array.shape[1:])}, the model reads {sample}."
-            + _shape_hint(tuple(array.shape[1:]), sample)
+            f"{here} has samples of shape {found}, the model reads {sample}."
+            + _shape_hint(found, sample)
         )
     if spec.dtype == "float32":
         if array.dtype == np.uint8:
@@ -146,7 +149,11 @@ def _check_array(array: np.ndarray, spec: Input, where: str) -> np.ndarray:
     if array.dtype.kind not in "iub":
         raise PockError(f"{here} is {array.dtype}; the model reads integers (int32 or int64)")
     _check_bound(array, spec, here)
-    return array.astype(np.int32, copy=False)
+    return array if array.dtype == np.int64 else array.astype(np.int32, copy=False)
+
+
+def _channels_first(sample: tuple[int, ...]) -> tuple[int, ...]:
+    return (sample[2], sample[0], sample[1]) if len(sample) == 3 else ()
 
 
 def _check_normalised(array: np.ndarray, spec: Input, here: str) -> np.ndarray:
@@ -159,7 +166,7 @@ def _check_normalised(array: np.ndarray, spec: Input, here: str) -> np.ndarray:
 
 
 def _shape_hint(found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-    if len(found) == 3 and (found[2], found[0], found[1]) == wanted:
+    if _channels_first(found) == wanted:
         return "\n  Images are channels first: array.transpose(0, 3, 1, 2)."
     if len(found) == 3 and len(wanted) == 3:
         return "\n  Resize the images, or build for this size (…,image=N with a zoo model)."

@@ -216,7 +216,7 @@ def test_targets_and_doctor_json():
 
 def test_help_names_every_command():
     text = call("--help").stdout
-    for name in ("build", "run", "eval", "inspect", "targets", "doctor"):
+    for name in ("build", "run", "eval", "inspect", "report", "targets", "doctor"):
         assert name in text
 
 
@@ -224,8 +224,8 @@ def test_help_names_every_command():
     ("spec", "name"),
     [
         ("mobilenetv2:width=0.35,image=128", "mobilenetv2"),
-        ("mlp", "mlp"),
-        ("dir/nets.py:tiny", "tiny"),
+        ("ViT_Tiny", "vit-tiny"),
+        ("dir/nets.py:tiny", "nets_tiny"),
         ("dir/net.onnx", "net"),
     ],
 )

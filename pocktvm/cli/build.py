@@ -72,11 +72,13 @@ def build(
 
 
 def model_name(spec: str) -> str:
-    """The artifact's name: the zoo's, the function's, or the file's."""
+    """The artifact's name, as frontend/resolve.py gives it, without importing torch."""
     if spec.endswith(".onnx"):
         return Path(spec).stem
     path, colon, function = spec.rpartition(":")
-    return function if colon and path.endswith(".py") else Path(spec.partition(":")[0]).stem
+    if colon and path.endswith(".py"):
+        return f"{Path(path).stem}_{function}"
+    return Path(spec.partition(":")[0]).stem.lower().replace("_", "-")
 
 
 def _check(target: str, scheme: str, weights: Path | None) -> Target:
@@ -101,13 +103,15 @@ def _files(model: str, scheme: str, weights: Path | None) -> list[Path]:
 def _compile(wanted: dict[str, Any], target: Target, weights: Path | None, folder: Path) -> None:
     """Import, compile, write; the folder appears whole or not at all."""
     with Progress() as bar:
-        bar("loading the compiler")
+        bar("load the compiler")
         from pocktvm.autodiff.optimizers import parse_optimizer
         from pocktvm.compiler import compile as compile_model
         from pocktvm.frontend.resolve import resolve_model
 
         optimizer = parse_optimizer(wanted["optimizer"])
-        bar("loading the model")
+        if wanted["lr"] is not None:
+            optimizer.lr = wanted["lr"]
+        bar("load the model")
         source = resolve_model(wanted["model"], batch=wanted["batch"], weights=weights)
         compile_model(
             source.module,
@@ -116,7 +120,6 @@ def _compile(wanted: dict[str, Any], target: Target, weights: Path | None, folde
             scheme=wanted["scheme"],
             loss=wanted["loss"] or source.loss,
             optimizer=optimizer,
-            lr=wanted["lr"],
             budget=wanted["budget"],
             threads=wanted["threads"],
             name=source.name,

@@ -65,7 +65,7 @@ def _measure(
         if resume is not None:
             trainer.load(resume)
         for start in range(0, samples, batch):
-            bar("evaluating", start, samples)
+            bar("evaluate", f"{start}/{samples}", start, samples)
             rows = {n: np.asarray(arrays[n][start : start + batch]) for n in names}
             real = len(rows[names[0]])
             x = [_pad(rows[n], batch) for n in (names[:-1] if labelled else names)]

@@ -8,11 +8,16 @@ from typing import Any
 
 
 class Progress:
-    """`with Progress() as bar: bar(stage, done, total)`; total 0 means unknown."""
+    """`with Progress() as bar: bar("compile kernels", "blocks.3.dw")`."""
 
     def __init__(self) -> None:
         self._bar: Any = None
         self._task: Any = None
+
+    @property
+    def visible(self) -> bool:
+        """Whether anybody sees the bar."""
+        return self._bar is not None
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
@@ -32,12 +37,11 @@ class Progress:
             self._task = self._bar.add_task("starting", total=None, count="")
         return self
 
-    def __call__(self, stage: str, done: int = 0, total: int = 0) -> None:
-        """Show `stage`, `done` of `total`."""
+    def __call__(self, stage: str, detail: str = "", done: int = 0, total: int = 0) -> None:
+        """Show `stage` and what it is at; `done` of `total` where the end is known."""
         if self._bar is not None:
-            count = f"{done}/{total}" if total else ""
             self._bar.update(
-                self._task, description=stage, completed=done, total=total or None, count=count
+                self._task, description=stage, completed=done, total=total or None, count=detail
             )
 
     def __exit__(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from pocktvm.cli import options
+from pocktvm.cli.progress import Progress
 from pocktvm.errors import InternalError, PockError
 from pocktvm.manifest import check_files, emulator_of, manifest_inputs, read_manifest
 
@@ -49,12 +51,12 @@ def run(
     _check_paths(save, resume)
     with _data_flags(data, manifest) as data_flags:
         command = [*emulator, str(artifact / "pocktvm-run"), str(artifact), *data_flags]
+        command += ["--die-with-parent", *(["--emulated"] if emulator else [])]
         command += _flags(
             steps=steps, lr=lr, threads=threads, save=save, resume=resume, seed=seed,
             save_every=None if save_every is None else f"{save_every:g}s",
         )  # fmt: skip
-        if as_json:
-            command.append("--json")
+        command += ["--json"] if as_json else []
         _start(command, as_json=as_json, emulated=bool(emulator))
 
 
@@ -87,15 +89,45 @@ def _start(command: list[str], *, as_json: bool, emulated: bool) -> None:
     """Run the trainer to its end; its exit code is ours."""
     from pocktvm.runtime.child import wait_for
 
-    code, stdout = wait_for(command, capture=as_json)
-    if code < 0 or code > 128:
-        raise InternalError(f"{' '.join(command)} was killed by signal {abs(code) % 128}")
-    if code != 0:
-        raise typer.Exit(3 if code == 3 else 1)
-    if as_json:
-        result = json.loads(stdout)
-        result["emulated"] = emulated
-        if emulated:  # the emulator's memory, not the trainer's
-            result["peak_rss_bytes"] = None
-        json.dump(result, sys.stdout)
-        print()
+    with Progress() as bar:
+        code, stdout = wait_for(
+            [*command, *(["--progress"] if bar.visible else [])],
+            lambda line: _show_line(bar, line),
+        )
+    if as_json and stdout:
+        print(json.dumps(_facts(stdout, emulated)))
+    else:
+        print(stdout, end="")
+    _check_code(code, command)
+
+
+def _show_line(bar: Progress, line: str) -> None:
+    """`progress STEP TOTAL LOSS MS` moves the bar; anything else is a message."""
+    words = line.split()
+    if len(words) == 5 and words[0] == "progress":
+        detail = f"step {words[1]}/{words[2]}  loss {float(words[3]):.4f}  {words[4]} ms"
+        bar("train", detail, int(words[1]), int(words[2]))
+    else:
+        print(line, file=sys.stderr)
+
+
+def _facts(stdout: str, emulated: bool) -> dict[str, Any]:
+    """The trainer's object; memory under an emulator is the emulator's, so it is not told."""
+    facts = json.loads(stdout)
+    memory = [k for k in facts if "rss" in k or k == "measured_bytes"]
+    return {**facts, "emulated": emulated, **({k: None for k in memory} if emulated else {})}
+
+
+def _check_code(code: int, command: list[str]) -> None:
+    """0 passes; a stop by the user and what the trainer complained about are not our bugs."""
+    if code == 0:
+        return
+    stop = -code if code < 0 else code - 128
+    if stop in (signal.SIGINT, signal.SIGTERM):
+        raise typer.Exit(128 + stop)
+    if stop == signal.SIGKILL:
+        raise PockError("the trainer was killed from outside; was the memory used up?")
+    if code < 0 or code > 128 or code == 3:
+        how = f"exit code {code}" if code == 3 else f"signal {stop}"
+        raise InternalError(f"the trainer failed ({how}): {' '.join(command)}")
+    raise typer.Exit(1)
