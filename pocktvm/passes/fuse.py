@@ -15,7 +15,9 @@ matrix product it costs a register. The rules:
   and the gradient itself is never stored.
 
 A group runs at one *place* in the order, so a node may join only if its other operands exist before
-that place; when all readers of the group are this node, the group moves here instead. Values read
+that place. Small operands and views are moved ahead of it where they can be, and elementwise ones
+that only this node reads join with it (the `m * decay` of an optimizer); failing that, a group
+nobody else reads moves to the place of the node. Values read
 outside become outputs of the group: they would be stored anyway. An update never joins a group
 that a later reader of the old parameter depends on (it could not be placed behind that reader).
 Softmax, layer_norm and cross_entropy stay single: their rules take whole rows.
@@ -29,12 +31,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from pocktvm.ir.graph import Graph, Node
-from pocktvm.ir.ops import REDUCTIONS, is_elementwise
+from pocktvm.ir.ops import REDUCTIONS, VIEWS, is_elementwise
 
 ANCHORS = REDUCTIONS | frozenset(
     "matmul conv2d conv2d_input_grad conv2d_weight_grad max_pool2d max_pool2d_grad avg_pool2d "
     "avg_pool2d_grad".split()
 )
+SMALL = 16384  # bytes; what may be computed earlier than the given order says
 OPERANDS = 12  # distinct operands of a kernel; more do not stay in registers on any target
 
 
@@ -43,7 +46,7 @@ class Group:
     """Members by index in the old order; `place` is where the group runs in that order."""
 
     members: list[int]
-    place: int
+    place: float
     shape: tuple[int, ...]
     anchor: int | None  # index of the anchor node
     open: bool  # takes elementwise nodes of `shape`
@@ -140,39 +143,77 @@ class Fuser:
         if len(self.operands([group, late])) > OPERANDS:
             return False
         others = [g for g in self._operand_groups(late) if g is not group]
-        if all(g.place < group.place for g in others):
-            place = group.place
-        elif self._all_read_by(group, late):
-            place = late.place
-        else:
+        joining = self._ahead(group, late, others)
+        place = group.place if joining is not None else late.place
+        if joining is None and not self._all_read_by(group, late):
             return False
-        if not self._updates_fit(group, late, place):
+        joining = joining or []
+        if place == group.place:
+            for other in [g for j in joining for g in self._operand_groups(j)] + others:
+                if other is not group and other not in joining:
+                    self._hoist(other, place)
+        if not self._updates_fit([group, late, *joining], place):
             return False
-        self._merge(group, late, place)
+        for other in (*joining, late):
+            self._merge(group, other, place)
         return True
 
-    def _updates_fit(self, group: Group, late: Group, place: int) -> bool:
-        """An update must be able to run after every reader of the old parameter."""
-        params = [
-            p for m in (*group.members, *late.members) for o in self.nodes[m].outputs
-            for p in self.updates.get(o, ())
-        ]  # fmt: skip
-        if not params:
+    def _ahead(self, group: Group, late: Group, others: list[Group]) -> list[Group] | None:
+        """How `late` can run at the group's place: the groups that must join with it, all others
+        being there or movable; None when it cannot."""
+        joining = []
+        for other in others:
+            if other.place < group.place:
+                continue
+            ready = all(
+                self._can_hoist(g, group.place)
+                for g in self._operand_groups(other)
+                if g is not group
+            )
+            alike = other.elementwise and other.shape == group.shape
+            if ready and alike and self._all_read_by(other, late):
+                joining.append(other)
+            elif not self._can_hoist(other, group.place):
+                return None
+        return None if len(self.operands([group, late, *joining])) > OPERANDS else joining
+
+    def _can_hoist(self, group: Group, place: float, depth: int = 6) -> bool:
+        """True for a group that runs before `place`, or can: small or a view, operands too."""
+        if group.place < place:
             return True
-        if self._feeds_only_results(group, late):
+        cheap = all(
+            self.nodes[m].op in VIEWS
+            or (is_elementwise(self.nodes[m].op) and self._bytes(m) <= SMALL)
+            for m in group.members
+        )
+        return (
+            cheap
+            and depth > 0
+            and all(self._can_hoist(g, place, depth - 1) for g in self._operand_groups(group))
+        )
+
+    def _hoist(self, group: Group, place: float) -> None:
+        """Move a group between its operands and `place`."""
+        if group.place < place:
+            return
+        operands = self._operand_groups(group)
+        for operand in operands:
+            self._hoist(operand, place)
+        group.place = (max((g.place for g in operands), default=place - 1) + place) / 2
+
+    def _bytes(self, member: int) -> int:
+        return sum(self.graph.values[o].nbytes for o in self.nodes[member].outputs)
+
+    def _updates_fit(self, groups: list[Group], place: float) -> bool:
+        """True when updates among these groups, merged at `place`, may run after every reader of
+        the old parameter: nobody waits for what is computed here, or all readers are earlier."""
+        inside = {m for g in groups for m in g.members}
+        outs = [o for m in inside for o in self.nodes[m].outputs]
+        params = [p for o in outs for p in self.updates.get(o, ())]
+        if not params or all(r in inside for o in outs for r in self.readers.get(o, ())):
             return True
-        inside = {*group.members, *late.members}
         readers = [r for p in params for r in self.readers.get(p, ()) if r not in inside]
         return all(r in self.group_of and self.group_of[r].place < place for r in readers)
-
-    def _feeds_only_results(self, group: Group, late: Group) -> bool:
-        inside = {*group.members, *late.members}
-        return all(
-            r in inside
-            for m in inside
-            for o in self.nodes[m].outputs
-            for r in self.readers.get(o, ())
-        )
 
     def _swallow(self, home: Group, group: Group) -> None:
         """An elementwise group only `home` reads moves into it, unless it reads too much."""
