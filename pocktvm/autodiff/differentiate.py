@@ -1,0 +1,157 @@
+"""Forward, loss, backward and updates as one program: the training step.
+
+    model ──prepare──▶ Relax of our operators ──Gradient──▶ + backward ──to_graph──▶ Graph ──▶ + updates
+
+`relax.transform.Gradient` is asked for the tensors that learn and nothing else, so the backward is
+pruned exactly: no weight gradient of a frozen tensor, no input gradient below the earliest tensor
+that learns. The gradient of each operator is one function in rules/.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pocktvm.autodiff.losses import Loss
+from pocktvm.autodiff.ops import PREFIX, dtype_of
+from pocktvm.autodiff.optimizers import Optimizer
+from pocktvm.autodiff.prepare import ENTRY, Prepared, prepare
+from pocktvm.autodiff.rules import RULES
+from pocktvm.autodiff.rules.registry import ensure_registered, layer_of, needing
+from pocktvm.autodiff.to_graph import Converter, GraphBuilder
+from pocktvm.errors import PockError
+from pocktvm.ir.graph import Graph, Param
+from pocktvm.ir.model import Model
+from pocktvm.tvm_api import relax
+
+
+def differentiate(
+    model: Model, updated: Mapping[str, float], loss: Loss, optimizer: Optimizer
+) -> tuple[Graph, Graph]:
+    """The step and predict programs of `model` when `updated` (parameter -> share) learns.
+
+    Raises PockError for an operator without a gradient on the way to a tensor that learns (all of
+    them at once), and when no tensor of `updated` reaches the loss.
+    """
+    prepared = prepare(model, loss)
+    function = prepared.module[ENTRY]
+    index = {name: i for i, name in enumerate(prepared.names)}
+    wanted = {name: function.params[index[name]] for name in updated}
+    needed = _needed(function, [v.name for v in wanted.values()])
+    reached = _reached(function)
+    trained = [name for name, var in wanted.items() if var.name in reached]
+    if not trained:
+        raise PockError("none of the tensors that should learn has any influence on the loss.")
+    _check_rules(function, needed & reached)
+    with needing(needed & reached):
+        gradient = relax.transform.Gradient(ENTRY, require_grads=[wanted[n] for n in trained])
+        module = gradient(prepared.module)
+    step = _step(model, prepared, module[f"{ENTRY}_adjoint"], trained, optimizer)
+    return step, _predict(model, trained)
+
+
+def _step(
+    model: Model, prepared: Prepared, function: Any, trained: list[str], optimizer: Optimizer
+) -> Graph:
+    builder = GraphBuilder("step")
+    converter = Converter(builder, _sources(builder, model, prepared, function, trained))
+    forward_end = prepared.module[ENTRY].body.body.name
+    loss, gradients = converter.run(function, forward_end)
+    updates = optimizer.apply(builder, dict(zip(trained, gradients, strict=True)))
+    return builder.graph({"loss": loss}, updates)
+
+
+def _predict(model: Model, trained: list[str]) -> Graph:
+    prepared = prepare(model, None)
+    function = prepared.module[ENTRY]
+    builder = GraphBuilder("predict")
+    converter = Converter(builder, _sources(builder, model, prepared, function, trained))
+    return builder.graph({"output": converter.run(function)}, {})
+
+
+def _sources(
+    builder: GraphBuilder, model: Model, prepared: Prepared, function: Any, trained: list[str]
+) -> dict[Any, str]:
+    """Declare inputs, tensors that learn and frozen ones; the function's variables by name."""
+    shapes = {i.name: i for i in prepared.inputs}
+    env = {}
+    for var, name in zip(function.params, prepared.names, strict=True):
+        if name in shapes:
+            env[var] = builder.input(name, shapes[name].shape, shapes[name].dtype)
+            continue
+        parameter = model.parameters[name]
+        if name in trained:
+            value = parameter.value.astype("float32", copy=False)
+            env[var] = builder.param(Param(name, value, "trained", None, parameter.aliases))
+        else:
+            env[var] = builder.frozen(name, parameter.value)
+    return env
+
+
+def _bindings(function: Any) -> list[Any]:
+    return [b for block in function.body.blocks for b in block.bindings]
+
+
+def _operands(value: Any) -> list[Any]:
+    """Variables an expression reads."""
+    if isinstance(value, relax.Var):
+        return [value]
+    if isinstance(value, relax.Tuple):
+        return [v for f in value.fields for v in _operands(f)]
+    if isinstance(value, relax.TupleGetItem):
+        return _operands(value.tuple_value)
+    return [v for a in value.args for v in _operands(a)] if isinstance(value, relax.Call) else []
+
+
+def _floating(var: Any) -> bool:
+    return isinstance(var.ty, relax.TupleType) or dtype_of(var) == "float32"
+
+
+def _needed(function: Any, trained: list[str]) -> frozenset[str]:
+    """Names of the floating values that depend on a tensor that learns."""
+    needed = set(trained)
+    for binding in _bindings(function):
+        reads = {v.name for v in _operands(binding.value)}
+        if reads & needed and _floating(binding.var):
+            needed.add(binding.var.name)
+    return frozenset(needed)
+
+
+def _reached(function: Any) -> frozenset[str]:
+    """Names of the values the loss depends on through floating operators."""
+    reached = {function.body.body.name}
+    for binding in reversed(_bindings(function)):
+        if binding.var.name in reached and _floating(binding.var):
+            reached |= {v.name for v in _operands(binding.value)}
+    return frozenset(reached)
+
+
+def _check_rules(function: Any, needed: frozenset[str]) -> None:
+    """Raise PockError listing every operator on a path of gradients that has no rule."""
+    missing: dict[str, list[str]] = {}
+    for binding in _bindings(function):
+        call = binding.value
+        if not isinstance(call, relax.Call):
+            continue
+        full = str(call.op.name)
+        name = full.removeprefix(PREFIX)
+        if name in RULES:
+            continue
+        if full == name:
+            ensure_registered(full)
+        if binding.var.name in needed and any(v.name in needed for v in _operands(call)):
+            missing.setdefault(full, []).append(layer_of(binding.var.name))
+    if missing:
+        raise PockError(_missing_message(missing))
+
+
+def _missing_message(missing: dict[str, list[str]]) -> str:
+    (first, layers), *others = missing.items()
+    text = f"no gradient for '{first}' (layer '{layers[0]}')"
+    if others:
+        text += "; also missing: " + ", ".join(f"'{n}' (layer '{ls[0]}')" for n, ls in others[:12])
+    last = list(missing.values())[-1][-1]
+    return (
+        f"{text}.\n  Freeze everything before '{last}' (--scheme blocks:N or last), or add one "
+        "function to pocktvm/autodiff/rules/."
+    )
