@@ -135,3 +135,13 @@ def test_order_runs_updates_early_and_late_nodes_late():
     assert peak_bytes(graph) >= 7 * tensor
     assert peak_bytes(after) <= 4 * tensor
     assert peak_bytes(order(fuse(graph))) <= 3 * tensor
+
+
+def test_the_anchor_comes_first_in_its_body():
+    """Everything behind the anchor has its result's shape: what kernels call the epilogue."""
+    b = Build()
+    x, w, m = b.input(4, 8), b.param(8, 8), b.input(4, 8)
+    side = b.op("tanh", m)
+    y = b.op("add", side, b.op("matmul", x, w, shape=(4, 8)))
+    found, after = groups(b, y=y)
+    assert found == [["matmul", "tanh", "add"]] and after.nodes[0].attrs["anchor"] == 0

@@ -251,18 +251,28 @@ class Fuser:
         groups = {id(g): g for g in self.group_of.values()}
         return [self._node(g) for g in sorted(groups.values(), key=lambda g: g.place)]
 
+    def _anchor_first(self, group: Group) -> list[int]:
+        """Members in execution order: a reduction's prologue, the anchor, the epilogue, which is
+        everything else, also what does not read the anchor (an optimizer's `m * decay`)."""
+        if group.anchor is None:
+            return group.members
+        head = [m for m in group.members if m in group.prologue]
+        rest = [m for m in group.members if m != group.anchor and m not in group.prologue]
+        return [*head, group.anchor, *rest]
+
     def _node(self, group: Group) -> Node:
         if len(group.members) == 1:
             return self.nodes[group.members[0]]
-        body = tuple(self.nodes[m] for m in group.members)
-        members = set(group.members)
+        ordered = self._anchor_first(group)
+        body = tuple(self.nodes[m] for m in ordered)
+        members = set(ordered)
         outputs = [
             out
             for node in body
             for out in node.outputs
             if out in self.results or any(r not in members for r in self.readers.get(out, ()))
         ]
-        anchor = None if group.anchor is None else group.members.index(group.anchor)
+        anchor = None if group.anchor is None else ordered.index(group.anchor)
         kind = "elementwise" if group.anchor is None else self.nodes[group.anchor].op
         layer = next((n.layer for n in body if n.layer), "")
         if group.anchor is not None and self.nodes[group.anchor].layer:
