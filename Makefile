@@ -47,12 +47,12 @@ test: $(STAMP) ## the tests (the full matrices: ARGS="-m slow")
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: $(STAMP) ## ruff, mypy and the tests that need no compiler run: about a minute
-	@$(BIN)/ruff check pocktvm tests examples
+	@$(BIN)/ruff check pocktvm tests examples benchmarks
 	@$(BIN)/mypy pocktvm
 	@$(BIN)/python -m pytest -m 'not slow and not emulated and not build' $(ARGS)
 
-bench: $(STAMP) ## one training step beside PyTorch's, on this machine
-	@$(BIN)/python -m benchmarks.step '$(MODEL)' $(ARGS)
+bench: $(STAMP) ## training steps beside PyTorch's (ARGS="--workload w1a")
+	@$(BIN)/python -m benchmarks.step $(ARGS)
 
 tune: $(STAMP)
 	@$(BIN)/pocktvm tune '$(MODEL)' --target '$(TARGET)' $(ARGS)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from pocktvm.errors import PockError
+from pocktvm.ir.options import parse_options
 
 # (output, labels, options) -> sum of losses, what to divide it by
 Summed = tuple[float, float]
+Options = Mapping[str, Any]
 
 
 @dataclass
@@ -30,7 +32,7 @@ class Metrics:
 
     def add(self, output: np.ndarray, labels: np.ndarray | None) -> None:
         """Count one batch: model output and labels of the same number of samples."""
-        name, options = split_loss(self.loss)
+        name, options = parse_options(self.loss, "loss", OPTIONS)
         output = np.asarray(output, np.float64)
         self.samples += len(output) if output.ndim else 1
         if name == "none" or labels is None:
@@ -50,72 +52,71 @@ class Metrics:
         }
 
 
-def split_loss(text: str) -> tuple[str, dict[str, str]]:
-    """`name:key=value,…` -> name, options. PockError for a loss there is no metric for."""
-    name, _, rest = text.partition(":")
-    if name != "none" and name not in _LOSSES:
-        raise PockError(f"no metric for the loss '{name}'; there are {', '.join(_LOSSES)}")
-    pairs = (item.partition("=") for item in rest.split(",") if item)
-    return name, {key.strip(): value.strip() for key, _, value in pairs}
-
-
-def _hits(
-    name: str, output: np.ndarray, labels: np.ndarray, options: Mapping[str, str]
-) -> np.ndarray:
+def _hits(name: str, output: np.ndarray, labels: np.ndarray, options: Options) -> np.ndarray:
     """Which predictions are right, one entry per counted label; empty without classes."""
     if name == "bce_with_logits":
         return ((output > 0) == (labels > 0.5)).ravel()
     if name != "cross_entropy":
         return np.zeros(0, bool)
-    counted = labels != int(options.get("ignore_index", -100))
+    counted = labels != options["ignore_index"]
     return (output.argmax(axis=1) == labels)[counted]
 
 
-def _cross_entropy(output: np.ndarray, labels: np.ndarray, options: Mapping[str, str]) -> Summed:
+def _cross_entropy(output: np.ndarray, labels: np.ndarray, options: Options) -> Summed:
     classes = output.shape[1]
     shifted = output - output.max(axis=1, keepdims=True)
     log_p = np.moveaxis(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), 1, -1)
     log_p, flat = log_p.reshape(-1, classes), labels.reshape(-1)
-    counted = flat != int(options.get("ignore_index", -100))
+    counted = flat != options["ignore_index"]
     log_p, flat = log_p[counted], flat[counted].astype(np.int64)
-    smoothing = float(options.get("label_smoothing", 0))
-    loss = -(1 - smoothing) * log_p[np.arange(len(flat)), flat] - smoothing * log_p.mean(axis=1)
-    return float(loss.sum()), float(len(flat))
+    weight = np.ones(classes) if options["weight"] is None else np.asarray(options["weight"])
+    smoothing = options["label_smoothing"]
+    chosen = -log_p[np.arange(len(flat)), flat] * weight[flat]
+    spread = -(log_p * weight).sum(axis=1) / classes
+    loss = (1 - smoothing) * chosen + smoothing * spread
+    return float(loss.sum()), float(weight[flat].sum())
 
 
-def _bce_with_logits(output: np.ndarray, labels: np.ndarray, options: Mapping[str, str]) -> Summed:
-    loss = np.maximum(output, 0) - output * labels + np.log1p(np.exp(-np.abs(output)))
+def _bce_with_logits(output: np.ndarray, labels: np.ndarray, options: Options) -> Summed:
+    factor = 1 if options["pos_weight"] is None else options["pos_weight"]
+    softplus = np.maximum(-output, 0) + np.log1p(np.exp(-np.abs(output)))
+    loss = (1 - labels) * output + (1 + (factor - 1) * labels) * softplus
     return float(loss.sum()), float(loss.size)
 
 
-def _mse(output: np.ndarray, labels: np.ndarray, options: Mapping[str, str]) -> Summed:
+def _mse(output: np.ndarray, labels: np.ndarray, options: Options) -> Summed:
     return float(((output - labels) ** 2).sum()), float(output.size)
 
 
-def _l1(output: np.ndarray, labels: np.ndarray, options: Mapping[str, str]) -> Summed:
+def _l1(output: np.ndarray, labels: np.ndarray, options: Options) -> Summed:
     return float(np.abs(output - labels).sum()), float(output.size)
 
 
-def _huber(output: np.ndarray, labels: np.ndarray, options: Mapping[str, str]) -> Summed:
-    delta, gap = float(options.get("delta", 1)), np.abs(output - labels)
+def _huber(output: np.ndarray, labels: np.ndarray, options: Options) -> Summed:
+    delta, gap = options["delta"], np.abs(output - labels)
     loss = np.where(gap <= delta, 0.5 * gap**2, delta * (gap - 0.5 * delta))
     return float(loss.sum()), float(output.size)
 
 
-def _kl_div(output: np.ndarray, labels: np.ndarray, options: Mapping[str, str]) -> Summed:
-    """torch's F.kl_div(output, labels): output holds log-probabilities, 0·log 0 is 0."""
+def _kl_div(output: np.ndarray, labels: np.ndarray, options: Options) -> Summed:
+    """torch's F.kl_div(output, labels): output holds log-probabilities, 0 log 0 is 0."""
     labels = labels.astype(np.float64)
-    log_labels = np.log(np.where(labels > 0, labels, 1))
-    return float((labels * (log_labels - output)).sum()), float(output.size)
+    if options["log_target"]:
+        loss = np.exp(labels) * (labels - output)
+    else:
+        loss = labels * (np.log(np.where(labels > 0, labels, 1)) - output)
+    # "sum" of a batch is told as the mean over batches would be: per sample
+    weight = loss.size if options["reduction"] == "mean" else len(loss)
+    return float(loss.sum()), float(weight)
 
 
-def _cosine_embedding(output: np.ndarray, labels: np.ndarray, options: Mapping[str, str]) -> Summed:
+def _cosine_embedding(output: np.ndarray, labels: np.ndarray, options: Options) -> Summed:
     norms = np.linalg.norm(output, axis=-1) * np.linalg.norm(labels, axis=-1)
     loss = 1 - (output * labels).sum(axis=-1) / np.maximum(norms, 1e-12)
     return float(loss.sum()), float(loss.size)
 
 
-_LOSSES: dict[str, Callable[[np.ndarray, np.ndarray, Mapping[str, str]], Summed]] = {
+_LOSSES: dict[str, Callable[[np.ndarray, np.ndarray, Options], Summed]] = {
     "cross_entropy": _cross_entropy,
     "bce_with_logits": _bce_with_logits,
     "mse": _mse,
@@ -123,4 +124,16 @@ _LOSSES: dict[str, Callable[[np.ndarray, np.ndarray, Mapping[str, str]], Summed]
     "huber": _huber,
     "kl_div": _kl_div,
     "cosine_embedding": _cosine_embedding,
+}
+
+# As pocktvm/autodiff/losses.py defines them; a test compares the two.
+OPTIONS: Mapping[str, Options] = {
+    "cross_entropy": {"label_smoothing": 0.0, "ignore_index": -100, "weight": None},
+    "bce_with_logits": {"pos_weight": None},
+    "mse": {},
+    "l1": {},
+    "huber": {"delta": 1.0},
+    "kl_div": {"log_target": False, "reduction": "mean"},
+    "cosine_embedding": {},
+    "none": {},
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +40,30 @@ CASES = [
         LOGITS,
         (TARGETS > 0) * 1.0,
         lambda: F.binary_cross_entropy_with_logits(t(LOGITS), t((TARGETS > 0) * 1.0)),
+    ),
+    (
+        "cross_entropy:weight=[1,2,3,0.5,1],label_smoothing=0.2",
+        LOGITS,
+        CLASSES,
+        lambda: F.cross_entropy(
+            t(LOGITS), t(CLASSES), weight=t([1.0, 2, 3, 0.5, 1]).double(), label_smoothing=0.2
+        ),
+    ),
+    (
+        "bce_with_logits:pos_weight=3",
+        LOGITS,
+        (TARGETS > 0) * 1.0,
+        lambda: F.binary_cross_entropy_with_logits(
+            t(LOGITS), t((TARGETS > 0) * 1.0), pos_weight=t(3.0)
+        ),
+    ),
+    (
+        "kl_div:log_target=true,reduction=batchmean",
+        LOG_PROBABILITIES,
+        np.log(PROBABILITIES),
+        lambda: F.kl_div(
+            t(LOG_PROBABILITIES), t(np.log(PROBABILITIES)), reduction="batchmean", log_target=True
+        ),
     ),
     ("mse", LOGITS, TARGETS, lambda: F.mse_loss(t(LOGITS), t(TARGETS))),
     ("l1", LOGITS, TARGETS, lambda: F.l1_loss(t(LOGITS), t(TARGETS))),
@@ -84,6 +111,14 @@ def test_losses_without_classes_have_no_accuracy():
     assert metrics.result()["accuracy"] is None
 
 
+def test_options_are_the_losses_own():
+    code = (
+        "from pocktvm.autodiff.losses import KINDS; from pocktvm.metrics import OPTIONS; "
+        "assert {k: dict(v.options) for k, v in KINDS.items()} == OPTIONS, KINDS"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_unknown_loss():
-    with pytest.raises(PockError, match="no metric for the loss 'hinge'"):
+    with pytest.raises(PockError, match="no loss 'hinge'"):
         Metrics("hinge").add(LOGITS, CLASSES)

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tvm_ffi
 
 from pocktvm.ir.ops import BINARY, ELEMENTWISE, REDUCTIONS, SPATIAL
 from pocktvm.tvm_api import relax, tvm
@@ -90,7 +89,7 @@ def plain(value: Any) -> Any:
         return value.value
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | tvm_ffi.Array):
+    if isinstance(value, list | tuple | tvm.ir.Array):
         return tuple(plain(v) for v in value)
     if isinstance(value, relax.Tuple):
         return tuple(plain(v) for v in value.fields)

@@ -15,7 +15,7 @@ from pocktvm.cli.fingerprint import fingerprint, is_current
 from pocktvm.cli.progress import Progress
 from pocktvm.cli.show import show
 from pocktvm.errors import PockError
-from pocktvm.manifest import STAMP, read_manifest, summary
+from pocktvm.manifest import MANIFEST, STAMP, read_manifest, sha256, summary
 
 if TYPE_CHECKING:
     from pocktvm.ir.target import Target
@@ -104,10 +104,13 @@ def _compile(wanted: dict[str, Any], target: Target, weights: Path | None, folde
     """Import, compile, write; the folder appears whole or not at all."""
     with Progress() as bar:
         bar("load the compiler")
+        from pocktvm.autodiff.losses import parse_loss
         from pocktvm.autodiff.optimizers import parse_optimizer
         from pocktvm.compiler import compile as compile_model
         from pocktvm.frontend.resolve import resolve_model
 
+        if wanted["loss"] is not None:
+            parse_loss(wanted["loss"])
         optimizer = parse_optimizer(wanted["optimizer"])
         if wanted["lr"] is not None:
             optimizer.lr = wanted["lr"]
@@ -134,5 +137,6 @@ def _compile(wanted: dict[str, Any], target: Target, weights: Path | None, folde
 def _stamp(folder: Path, key: str, seconds: float) -> None:
     """Written last: a folder without it is built again."""
     part = folder / f"{STAMP}.part"
-    part.write_text(json.dumps({"key": key, "seconds": seconds}) + "\n")
+    stamp = {"key": key, "manifest": sha256(folder / MANIFEST), "seconds": seconds}
+    part.write_text(json.dumps(stamp) + "\n")
     os.replace(part, folder / STAMP)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pocktvm.cli.crash import versions
 from pocktvm.errors import PockError
-from pocktvm.manifest import damaged_files, read_manifest, read_stamp
+from pocktvm.manifest import MANIFEST, damaged_files, read_manifest, read_stamp, sha256
 
 _PACKAGE = Path(__file__).parent.parent
 _SOURCES = ("*.py", "*.c", "*.h", "*.toml")
@@ -32,13 +32,15 @@ def fingerprint(options: Mapping[str, Any], files: Iterable[Path]) -> str:
 
 def is_current(folder: Path, key: str) -> bool:
     """True when `folder` was built from `key` and every file in it is intact."""
-    if read_stamp(folder).get("key") != key:
+    stamp = read_stamp(folder)
+    if stamp.get("key") != key:
         return False
     try:
         manifest = read_manifest(folder)
-        return not damaged_files(folder, manifest)
     except PockError:
         return False
+    known = stamp.get("manifest") == sha256(folder / MANIFEST)
+    return known and not damaged_files(folder, manifest)
 
 
 def _with_neighbours(path: Path) -> list[Path]:
