@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pocktvm.ir.graph import Graph
 from pocktvm.ir.target import Target
 from pocktvm.passes.assign_layout import assign_layout
+from pocktvm.passes.flatten_rows import flatten_rows
 from pocktvm.passes.fold_constants import fold_constants
 from pocktvm.passes.fold_scales import fold_scales
 from pocktvm.passes.fuse import fuse
@@ -26,6 +27,8 @@ PIPELINE: tuple[Pass, ...] = (
     simplify,
     assign_layout,
     fold_constants,
+    simplify,
+    flatten_rows,
     simplify,
     fuse,
     order,

@@ -28,6 +28,7 @@ import numpy as np
 
 from pocktvm.ir.graph import Graph, Node, Param, Value
 from pocktvm.ir.ops import SPATIAL, is_elementwise
+from pocktvm.passes.components import Components
 from pocktvm.passes.edit import Editor
 
 ACTIVATION = (0, 2, 3, 1)  # NCHW -> NHWC
@@ -71,16 +72,7 @@ def follows(graph: Graph, node: Node) -> bool:
 
 def find_layouts(graph: Graph) -> dict[str, Perm]:
     """Value -> permutation from torch's axes to the assigned ones, for values that change."""
-    parent: dict[str, str] = {}
-
-    def find(name: str) -> str:
-        root = name
-        while (above := parent.setdefault(root, root)) != root:
-            root = above
-        while name != root:
-            parent[name], name = root, parent[name]
-        return root
-
+    links = Components()
     fixed: list[tuple[str, Perm]] = []
     borders = {*graph.inputs, *graph.consts, *graph.params, *graph.scalars}
     for node in graph.nodes:
@@ -89,18 +81,17 @@ def find_layouts(graph: Graph) -> dict[str, Perm]:
             fixed += [(n, p) for n, p in zip(names, slots(node), strict=True) if n not in borders]
         elif follows(graph, node):
             linked = [n for n in names if n not in borders and _linkable(graph.values[n])]
-            for name in linked[1:]:
-                parent[find(name)] = find(linked[0])
+            links.join(linked)
         elif node.op == "cross_entropy_grad" and len(graph.values[node.outputs[0]].shape) == 4:
-            parent[find(node.outputs[0])] = find(node.inputs[0])
+            links.join([node.inputs[0], node.outputs[0]])
     stored = stored_layouts(graph)
     for name in graph.params:
         if perm := stored.get(name):
             fixed += [(v, perm) for p, v in graph.updates.items() if p == name]
     layout: dict[str, Perm] = {}
     for name, perm in sorted(fixed, key=lambda f: f[1] == ACTIVATION):  # activations win
-        layout[find(name)] = perm
-    return {n: layout[find(n)] for n in [*parent, *(f[0] for f in fixed)] if find(n) in layout}
+        layout[links.find(name)] = perm
+    return {n: layout[links.find(n)] for n in links if links.find(n) in layout}
 
 
 def _linkable(value: Value) -> bool:
