@@ -1,0 +1,161 @@
+/* What the runtime's files share: the generated tables (codegen/step.py writes them) and the few
+ * structures of TVM's calling convention. */
+#ifndef POCKTVM_INTERNAL_H
+#define POCKTVM_INTERNAL_H
+
+#include <stdarg.h>
+
+#include "pocktvm.h"
+
+/* --- TVM's packed calling convention (tvm_ffi/c_api.h, dlpack.h) --- */
+
+enum { PK_ANY_DLTENSOR = 7 };
+
+typedef struct {
+  int32_t type_index;
+  uint32_t padding;
+  union {
+    int64_t integer;
+    void *pointer;
+  } v;
+} pk_any;
+
+typedef struct {
+  uint8_t code, bits;
+  uint16_t lanes;
+} pk_dltype;
+
+typedef struct {
+  void *data;
+  struct {
+    int32_t type, id;
+  } device;
+  int32_t ndim;
+  pk_dltype dtype;
+  const int64_t *shape;
+  const int64_t *strides;
+  uint64_t byte_offset;
+} pk_dltensor;
+
+typedef int (*pk_kernel)(void *self, const pk_any *args, int32_t n, pk_any *result);
+
+/* --- generated tables --- */
+
+enum { PK_ARENA = 0, PK_FROZEN = 1 };
+enum { PK_SCALAR_LR = 0, PK_SCALAR_BIAS_CORRECTION = 1 };
+enum { PK_NOWHERE = -1 };
+
+typedef struct {
+  int64_t offset;
+  int32_t space; /* PK_ARENA | PK_FROZEN */
+  int32_t ndim;
+  const int64_t *shape;
+  pk_dltype dtype;
+} pk_view;
+
+typedef struct {
+  pk_kernel kernel;
+  int32_t first_arg; /* into pk_program.args */
+  int32_t n_args;
+} pk_call;
+
+typedef struct {
+  int64_t offset;
+  int32_t formula;
+  double beta;
+} pk_scalar;
+
+typedef struct {
+  int32_t index;  /* into plan.inputs */
+  int64_t offset; /* PK_NOWHERE: no kernel reads it */
+} pk_program_input;
+
+typedef struct {
+  const char *name;
+  int32_t n_views, n_args, n_calls, n_inputs, n_scalars;
+  const pk_view *views;
+  const int32_t *args; /* indices of views, calls' arguments in a row */
+  const pk_call *calls;
+  const pk_program_input *inputs;
+  const pk_scalar *scalars;
+  int64_t loss_offset, output_offset; /* PK_NOWHERE: not computed */
+} pk_program;
+
+typedef struct {
+  const char *name;
+  const char *const *aliases; /* ends with NULL */
+  int32_t optimizer;
+  int32_t ndim;
+  const int64_t *shape, *strides; /* torch's axes */
+  int64_t offset, size;
+  int64_t initial; /* optimizer state: offset of its first value in the frozen pages, or nowhere */
+} pk_tensor;
+
+typedef struct {
+  pocktvm_plan_info plan;
+  int64_t persistent_bytes;
+  int32_t default_threads;
+  const char *frozen_file; /* NULL: embedded */
+  const char *frozen;      /* embedded bytes */
+  int64_t frozen_bytes;
+  const pk_tensor *tensors; /* sorted by name */
+  const pk_program *step, *predict;
+} pk_model;
+
+extern const pk_model pk_the_model;
+
+/* --- an open trainer --- */
+
+typedef struct pk_pool pk_pool;
+
+typedef struct {
+  const pk_program *program;
+  pk_dltensor *tensors;
+  pk_any *args;
+} pk_bound;
+
+struct pocktvm {
+  pocktvm_plan_info plan; /* a copy, with this trainer's threads, steps, … */
+  char *arena;
+  int64_t mapped_bytes; /* 0: the caller's arena */
+  const char *frozen;
+  int64_t frozen_mapped_bytes;
+  pk_bound step, predict;
+  pk_pool *pool;
+  int64_t *call_ns;
+  int lock_fd;
+  char *lock_path;   /* the lock file held */
+  char *locked_file; /* the checkpoint it stands for */
+  char error[1024];
+};
+
+/* Writes the handle's error (open's when m is NULL) and returns `status`. */
+int pk_fail(pocktvm *m, int status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+
+/* kernel_abi.c */
+void pk_use_pool(pk_pool *pool); /* of the calling thread, for the kernels it is about to call */
+const char *pk_kernel_error(void);
+
+/* threads.c */
+pk_pool *pk_pool_open(int threads);
+void pk_pool_close(pk_pool *pool);
+int pk_pool_threads(const pk_pool *pool);
+int pk_pool_run(pk_pool *pool, int (*task)(int, void *, void *), void *data, int n_tasks);
+int pk_online_cpus(void);
+
+/* inputs.c */
+int pk_copy_input(pocktvm *m, const pocktvm_input *input, const pocktvm_array *array, char *dest);
+
+/* checkpoint.c */
+int pk_load_initial(pocktvm *m, const char *path);
+int pk_lock(pocktvm *m, const char *path);
+void pk_unlock(pocktvm *m);
+
+/* process.c */
+int64_t pk_resident_bytes(void);
+void pk_prefault(const char *start, int64_t nbytes);
+void pk_prefault_library(const char *skip, int64_t skip_bytes);
+int pk_library_folder(char *folder, size_t room);
+
+#endif

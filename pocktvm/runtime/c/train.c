@@ -1,0 +1,214 @@
+/* The training loop of pocktvm-run. */
+#define _GNU_SOURCE
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "runner.h"
+
+static volatile sig_atomic_t stop_signal;
+
+static void on_signal(int number) { stop_signal = number; }
+
+typedef struct {
+  const pk_api *api;
+  const pk_settings *settings;
+  pocktvm *model;
+  pk_source source;
+  float *losses;
+  double *step_ms;
+  int64_t n_done; /* in this call */
+  int64_t last_save_steps;
+  double last_save_time, lr;
+} session;
+
+static double now_seconds(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
+static int64_t steps_done(const session *s) { return s->api->plan(s->model)->steps; }
+
+static int complain_last(const session *s) {
+  return pk_complain("%s", s->api->last_error(s->model));
+}
+
+/* The library names a place in the batch; the user wants the sample in the file. */
+static int complain_input(const session *s) {
+  char rows[512] = "";
+  if (!s->source.path) return complain_last(s);
+  for (int32_t b = 0; b < s->source.plan->batch && strlen(rows) < 400; b++)
+    snprintf(rows + strlen(rows), sizeof rows - strlen(rows), b ? ", %lld" : "%lld",
+             (long long)s->source.rows[b]);
+  return pk_complain("%s\n  the rows of this batch are samples %s of %s",
+                     s->api->last_error(s->model), rows, s->source.path);
+}
+
+static int save(session *s) {
+  s->last_save_time = now_seconds();
+  s->last_save_steps = steps_done(s);
+  return s->api->save(s->model, s->settings->save) ? complain_last(s) : 0;
+}
+
+static int save_if_due(session *s) {
+  const pk_settings *o = s->settings;
+  if (!o->save) return 0;
+  int by_steps = o->save_steps && steps_done(s) - s->last_save_steps >= o->save_steps;
+  int by_time = o->save_seconds > 0 && now_seconds() - s->last_save_time >= o->save_seconds;
+  return by_steps || by_time ? save(s) : 0;
+}
+
+static int one_step(session *s, int64_t total) {
+  float loss = 0;
+  if (pk_source_batch(&s->source, steps_done(s))) return 1;
+  double before = now_seconds();
+  int status = s->api->step(s->model, s->source.arrays, s->lr, &loss);
+  double ms = (now_seconds() - before) * 1e3;
+  if (status == POCKTVM_KERNEL) return complain_last(s), 3;
+  if (status) return complain_input(s);
+  s->losses[s->n_done] = loss;
+  s->step_ms[s->n_done++] = ms;
+  if (s->settings->progress)
+    fprintf(stderr, "progress %lld %lld %.9g %.3f\n", (long long)steps_done(s), (long long)total,
+            (double)loss, ms);
+  return 0;
+}
+
+static int64_t total_steps(const session *s) {
+  if (s->settings->steps >= 0) return s->settings->steps;
+  return s->source.path ? pk_source_epoch_steps(&s->source) : 10;
+}
+
+static int loop(session *s) {
+  int64_t total = total_steps(s), remaining = total - steps_done(s);
+  size_t room = remaining > 0 ? (size_t)remaining : 1;
+  s->losses = calloc(room, sizeof *s->losses);
+  s->step_ms = calloc(room, sizeof *s->step_ms);
+  if (!s->losses || !s->step_ms) return pk_complain("no memory for %lld losses", (long long)total);
+  s->last_save_time = now_seconds();
+  s->last_save_steps = steps_done(s);
+  while (steps_done(s) < total && !stop_signal) {
+    int code = one_step(s, total);
+    if (code || (code = save_if_due(s))) return code;
+  }
+  return s->settings->save ? save(s) : 0;
+}
+
+/* VmHWM: the largest resident set so far; 0 where the system does not say. */
+static int64_t peak_bytes(void) {
+  char line[256];
+  long long kib = 0;
+  FILE *status = fopen("/proc/self/status", "r");
+  if (!status) return 0;
+  while (fgets(line, sizeof line, status))
+    if (sscanf(line, "VmHWM: %lld", &kib) == 1) break;
+  fclose(status);
+  return kib * 1024;
+}
+
+static int by_value(const void *a, const void *b) {
+  double x = *(const double *)a, y = *(const double *)b;
+  return (x > y) - (x < y);
+}
+
+static double median(double *values, int64_t n) {
+  if (!n) return 0;
+  qsort(values, (size_t)n, sizeof *values, by_value);
+  return n % 2 ? values[n / 2] : 0.5 * (values[n / 2 - 1] + values[n / 2]);
+}
+
+static void print_bytes(const char *key, int64_t value, int known) {
+  if (known)
+    printf(", \"%s\": %lld", key, (long long)value);
+  else
+    printf(", \"%s\": null", key);
+}
+
+static void print_profile(const session *s, const int64_t *call_ns) {
+  const pocktvm_plan_info *plan = s->api->plan(s->model);
+  fputs(", \"profile\": [", stdout);
+  for (int32_t i = 0; i < plan->n_calls; i++) {
+    fputs(i ? ", [" : "[", stdout);
+    pk_json_string(plan->call_labels[i]);
+    printf(", %.6f]", (double)call_ns[i] * 1e-6 / (double)(s->n_done ? s->n_done : 1));
+  }
+  putchar(']');
+}
+
+static void print_json(const session *s, int64_t peak, const int64_t *call_ns) {
+  const pocktvm_plan_info *plan = s->api->plan(s->model);
+  int measured = peak && plan->rss_open_bytes && !s->settings->emulated;
+  fputs("{\"losses\": [", stdout);
+  for (int64_t i = 0; i < s->n_done; i++) {
+    if (i) fputs(", ", stdout);
+    pk_json_number((double)s->losses[i]);
+  }
+  printf("], \"steps\": %lld, \"step_ms_median\": ", (long long)plan->steps);
+  pk_json_number(median(s->step_ms, s->n_done));
+  print_bytes("peak_rss_bytes", peak, measured);
+  print_bytes("rss_open_bytes", plan->rss_open_bytes, measured);
+  print_bytes("measured_bytes", peak - plan->rss_open_bytes, measured);
+  print_bytes("arena_bytes", plan->arena_bytes, 1);
+  print_bytes("lower_bound_bytes", plan->lower_bound_bytes, 1);
+  print_bytes("total_bytes", plan->total_bytes, 1);
+  printf(", \"threads\": %d, \"batch\": %d, \"lr\": ", (int)plan->threads, (int)plan->batch);
+  pk_json_number(s->lr);
+  fputs(", \"model\": ", stdout);
+  pk_json_string(plan->model);
+  fputs(", \"target\": ", stdout);
+  pk_json_string(plan->target);
+  printf(", \"emulated\": %s", s->settings->emulated ? "true" : "false");
+  if (call_ns) print_profile(s, call_ns);
+  puts("}");
+}
+
+static void print_summary(const session *s) {
+  int64_t n = s->n_done;
+  if (!n) {
+    printf("nothing to do: %lld steps are already done\n", (long long)steps_done(s));
+    return;
+  }
+  double ms = median(s->step_ms, n);
+  printf("%lld steps, loss %.4f -> %.4f, %.2f ms a step, %d threads\n", (long long)n,
+         (double)s->losses[0], (double)s->losses[n - 1], ms, (int)s->api->plan(s->model)->threads);
+}
+
+static void catch_signals(void) {
+  struct sigaction action = {.sa_handler = on_signal};
+  sigaction(SIGTERM, &action, NULL);
+  sigaction(SIGINT, &action, NULL);
+  signal(SIGXFSZ, SIG_IGN); /* a file size limit then reads as a write error, not as our death */
+}
+
+static int train(session *s, const pocktvm_options *options) {
+  if (s->api->open(options, &s->model)) return complain_last(s);
+  if (s->settings->resume && s->api->load(s->model, s->settings->resume)) return complain_last(s);
+  int code = loop(s);
+  if (code) return code;
+  int64_t peak = peak_bytes();
+  if (s->settings->json)
+    print_json(s, peak, options->call_ns);
+  else
+    print_summary(s);
+  return fflush(stdout) ? pk_complain("cannot write the result") : stop_signal ? 128 + stop_signal : 0;
+}
+
+int pk_train(const pk_api *api, const pk_settings *settings, const pocktvm_options *options) {
+  const pocktvm_plan_info *plan = api->plan(NULL);
+  pocktvm_options all = *options;
+  session s = {.api = api, .settings = settings, .lr = settings->lr >= 0 ? settings->lr : plan->lr};
+  if (settings->profile) all.call_ns = calloc((size_t)plan->n_calls + 1, sizeof *all.call_ns);
+  all.checkpoint = settings->save;
+  catch_signals();
+  int code = pk_source_open(&s.source, settings->data, plan, settings->seed);
+  if (!code) code = train(&s, &all);
+  api->close(s.model);
+  pk_source_close(&s.source);
+  free(s.losses);
+  free(s.step_ms);
+  free(all.call_ns);
+  return code;
+}
