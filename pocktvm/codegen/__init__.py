@@ -1,0 +1,85 @@
+"""Kernels and a plan into an artifact folder: tables in C, objects, one library, a runner."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from pocktvm.codegen import link
+from pocktvm.codegen.blob import Blob, assembly
+from pocktvm.codegen.package import initial_state, replacing, write_manifest
+from pocktvm.codegen.step import generate_tables
+from pocktvm.ir.artifact import Identity, SelfTest
+from pocktvm.ir.kernels import Kernels
+from pocktvm.ir.memory import MemoryPlan
+from pocktvm.ir.target import Target
+from pocktvm.runtime.tensor_file import write_tensors
+
+# Code reaches its constants by 32-bit displacements: beyond this the weights are their own file.
+EMBED_LIMIT_BYTES = 1_500_000_000
+FROZEN_FILE = "frozen.bin"
+
+
+def emit_artifact(
+    kernels: Kernels,
+    plan: MemoryPlan,
+    identity: Identity,
+    selftest: SelfTest,
+    target: Target,
+    out: Path,
+) -> Path:
+    """Write the artifact folder of docs/design.md to `out`, whole or not at all; returns `out`.
+
+    PockError: the place cannot be written, the disk is full, the linker is missing.
+    """
+    kernels.check()
+    with replacing(Path(out)) as folder:
+        with tempfile.TemporaryDirectory(prefix="pocktvm-link-", dir=folder.parent) as work:
+            _build(kernels, plan, identity, selftest, target, Path(work), folder)
+        write_tensors(folder / "weights.safetensors", initial_state(kernels, identity))
+        shutil.copy(link.C_FOLDER / "pocktvm.h", folder)
+        write_manifest(folder, kernels, plan, identity, target)
+    return Path(out)
+
+
+def _build(
+    kernels: Kernels,
+    plan: MemoryPlan,
+    identity: Identity,
+    selftest: SelfTest,
+    target: Target,
+    work: Path,
+    folder: Path,
+) -> None:
+    """The library and the runner, made in `work`, finished in `folder`."""
+    toolchain = target.toolchain
+    frozen, recorded = Blob(work / FROZEN_FILE), Blob(work / "recorded.bin")
+    limit = int(os.environ.get("POCKTVM_EMBED_LIMIT", EMBED_LIMIT_BYTES))
+    beside = sum(a.nbytes for a in kernels.consts.values()) > limit
+    tables = generate_tables(
+        kernels, plan, identity, selftest, target, frozen, recorded,
+        frozen_file=FROZEN_FILE if beside else None,
+    )  # fmt: skip
+    (work / "model.c").write_text(tables)
+    embedded = {"pk_recorded_bytes": recorded.path}
+    if beside:
+        shutil.move(frozen.path, folder / FROZEN_FILE)
+    else:
+        embedded["pk_frozen_bytes"] = frozen.path
+    (work / "bytes.S").write_text(assembly(embedded, mach_o=link.is_mach_o(toolchain)))
+    objects = []
+    for symbol in sorted({c.symbol for p in kernels.programs.values() for c in p.calls}):
+        objects.append(work / f"{symbol}.o")
+        objects[-1].write_bytes(kernels.kernels[symbol].object)
+    sources = [work / "model.c", work / "bytes.S"]
+    link.link_library(toolchain, sources, objects, work / toolchain.library)
+    shutil.move(work / toolchain.library, folder)
+    runner = folder / "pocktvm-run"
+    if toolchain.static_runner:
+        link.link_static_runner(toolchain, sources, objects, work / "pocktvm-run")
+        shutil.move(work / "pocktvm-run", runner)
+    else:
+        shutil.copy(link.dynamic_runner(toolchain), runner)
+    runner.chmod(0o755)

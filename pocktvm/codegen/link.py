@@ -1,0 +1,157 @@
+"""Drives zig: compiles the runtime's C (once per target) and links libraries and runners.
+
+`zig cc` cross-links for every target with no SDK. Objects of the runtime and the dynamic runner do
+not depend on the model; they are kept in a cache folder under a hash of sources, flags and zig.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+from pocktvm.errors import InternalError, PockError
+from pocktvm.ir.target import Toolchain
+
+C_FOLDER = Path(__file__).parent.parent / "runtime" / "c"
+RUNTIME = ("runtime", "threads", "checkpoint", "safetensors", "inputs", "kernel_abi", "process")
+RUNNER = ("main", "train", "source", "generate", "selftest", "serve", "library", "json")
+_FLAGS = (
+    "-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-g0",
+    "-fno-sanitize=all", "-D_FILE_OFFSET_BITS=64", "-Wall", "-Wextra",
+)  # fmt: skip
+
+
+def is_mach_o(toolchain: Toolchain) -> bool:
+    """True for Apple's object format."""
+    return "macos" in toolchain.zig_target
+
+
+def cache_folder() -> Path:
+    """Where objects that do not depend on the model are kept ($POCKTVM_CACHE)."""
+    root = os.environ.get("POCKTVM_CACHE") or Path.home() / ".cache" / "pocktvm"
+    return Path(root) / "runtime"
+
+
+def zig(arguments: Sequence[str | Path], what: str) -> None:
+    """Run `zig cc`; PockError when zig is missing or the disk is full, InternalError otherwise."""
+    command = [sys.executable, "-m", "ziglang", "cc", *map(str, arguments)]
+    with tempfile.TemporaryDirectory(prefix="pocktvm-zig-") as local:
+        # zig would keep a copy of every object of every model in its cache
+        environment = {**os.environ, "ZIG_LOCAL_CACHE_DIR": local}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode == 0:
+        return
+    if "No module named ziglang" in done.stderr:
+        raise PockError("the linker is missing: pip install ziglang==0.17.1")
+    if "NoSpaceLeft" in done.stderr or "No space left" in done.stderr:
+        raise PockError(f"the disk is full while zig makes {what}; free some space and try again")
+    raise InternalError(f"zig failed on {what}:\n{' '.join(command)}\n{done.stderr[-4000:]}")
+
+
+def target_flags(toolchain: Toolchain) -> list[str]:
+    """What selects the device."""
+    cpu = [f"-mcpu={toolchain.zig_cpu}"] if toolchain.zig_cpu else []
+    return ["-target", toolchain.zig_target, *cpu, *toolchain.flags]
+
+
+@cache
+def _sources_hash() -> str:
+    digest = hashlib.sha256(version("ziglang").encode())
+    for path in sorted(C_FOLDER.glob("*.[ch]")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _cached(toolchain: Toolchain, kind: str) -> Path:
+    key = repr((_sources_hash(), target_flags(toolchain), _FLAGS, kind))
+    return cache_folder() / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
+
+
+def _fill(folder: Path, scratch: Path) -> Path:
+    """Put a finished folder in its place; another process may have been faster."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        scratch.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+    return folder
+
+
+def runtime_objects(toolchain: Toolchain) -> list[Path]:
+    """The C runtime compiled for a target."""
+    folder = _cached(toolchain, "objects")
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            made = Path(scratch) / "objects"
+            made.mkdir()
+            for name in RUNTIME:
+                _compile(toolchain, C_FOLDER / f"{name}.c", made / f"{name}.o")
+            _fill(folder, made)
+    return [folder / f"{name}.o" for name in RUNTIME]
+
+
+def _compile(toolchain: Toolchain, source: Path, output: Path) -> None:
+    zig(
+        [*target_flags(toolchain), *_FLAGS, f"-I{C_FOLDER}", "-c", source, "-o", output],
+        source.name,
+    )
+
+
+def dynamic_runner(toolchain: Toolchain) -> Path:
+    """pocktvm-run that loads a model's library."""
+    folder = _cached(toolchain, "runner")
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            made = Path(scratch) / "runner"
+            made.mkdir()
+            sources = [C_FOLDER / f"{name}.c" for name in (*RUNNER, "safetensors")]
+            libraries = [] if is_mach_o(toolchain) else ["-ldl", "-s"]
+            zig(
+                [*target_flags(toolchain), *_FLAGS, f"-I{C_FOLDER}", *sources, *libraries,
+                 "-o", made / "pocktvm-run"],
+                "pocktvm-run",
+            )  # fmt: skip
+            _fill(folder, made)
+    return folder / "pocktvm-run"
+
+
+def link_library(toolchain: Toolchain, sources: Sequence[Path], objects: Sequence[Path],
+                 output: Path) -> None:  # fmt: skip
+    """One shared library that exports pocktvm.h's functions and nothing else."""
+    work = output.parent
+    flags: list[str | Path] = ["-shared"]
+    if is_mach_o(toolchain):
+        flags += ["-Wl,-install_name,@rpath/" + output.name]
+    else:
+        script = work / "exports.map"
+        script.write_text("{ global: pocktvm_*; local: *; };\n")
+        flags += [f"-Wl,--version-script={script}", "-Wl,--gc-sections", "-Wl,-z,noexecstack", "-s"]
+        flags += [f"-Wl,-soname,{output.name}", "-lpthread", "-ldl", "-lm"]
+    _link(toolchain, sources, objects, [*flags, "-o", output], output.name, work)
+
+
+def link_static_runner(toolchain: Toolchain, sources: Sequence[Path], objects: Sequence[Path],
+                       output: Path) -> None:  # fmt: skip
+    """pocktvm-run with the model inside, for a device without a loader."""
+    runner = [C_FOLDER / f"{name}.c" for name in RUNNER]
+    flags: list[str | Path] = ["-static", "-DPOCKTVM_STATIC", "-s", "-o", output]
+    _link(toolchain, [*sources, *runner], objects, flags, output.name, output.parent)
+
+
+def _link(toolchain: Toolchain, sources: Sequence[Path], objects: Sequence[Path],
+          flags: Sequence[str | Path], what: str, work: Path) -> None:  # fmt: skip
+    # hundreds of kernels do not fit on a command line
+    listing = work / "objects.txt"
+    listing.write_text("".join(f'"{p}"\n' for p in [*objects, *runtime_objects(toolchain)]))
+    zig([*target_flags(toolchain), *_FLAGS, f"-I{C_FOLDER}", *sources, f"@{listing}", *flags], what)
+    listing.unlink()

@@ -1,0 +1,223 @@
+"""Trains an artifact from Python; imports numpy and neither torch nor TVM.
+
+An artifact for this machine is loaded into this process; one for another machine runs under its
+target's emulator, behind a pipe, with the same methods and the same numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from pocktvm.errors import PockError
+from pocktvm.ir.model import Input
+from pocktvm.manifest import check_files, emulator_of, manifest_inputs, read_manifest
+from pocktvm.runtime.backend import (
+    FLOAT32,
+    INT32,
+    INT64,
+    UINT8,
+    UINT8_NHWC,
+    Backend,
+    Batch,
+    InProcess,
+    Piped,
+)
+from pocktvm.runtime.tensor_file import read_index, read_tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory plan, in bytes; the words are those of docs/design.md."""
+
+    arena_bytes: int
+    lower_bound_bytes: int
+    total_bytes: int
+    by_class: Mapping[str, int]
+
+
+def load(path: str | Path, threads: int | None = None) -> Trainer:
+    """Open an artifact folder. `threads`: None takes every core the artifact was built for.
+
+    PockError: no artifact, damaged files, another machine's artifact without its emulator.
+    """
+    return Trainer(path, threads)
+
+
+class Trainer:
+    """A model that learns: its weights, optimizer state and step count live in one arena.
+
+    plan     bytes, see Plan
+    updated  torch name -> share of the tensor that learns
+    inputs   what `step` takes, labels last
+    """
+
+    def __init__(self, path: str | Path, threads: int | None = None) -> None:
+        self.path = Path(path)
+        if threads is not None and threads < 1:
+            raise PockError(f"threads = {threads}; give 1 or more, or None for all")
+        self._manifest = read_manifest(self.path)
+        check_files(self.path, self._manifest)
+        plan = self._manifest["plan"]
+        self.plan = Plan(
+            plan["arena_bytes"], plan["lower_bound_bytes"], plan["total_bytes"], plan["by_class"]
+        )
+        self.updated: dict[str, float] = dict(self._manifest["updated"])
+        self.inputs: list[Input] = manifest_inputs(self._manifest)
+        labels = {entry["name"] for entry in self._manifest["inputs"] if entry.get("label")}
+        self._x = [i for i in self.inputs if i.name not in labels]
+        self._output_shape = tuple(self._manifest["output_shape"])
+        self.emulated = not runs_here(self._manifest)
+        self._backend: Backend | None = self._open(threads or 0)
+
+    def _open(self, threads: int) -> Backend:
+        if not self.emulated:
+            return InProcess(self.path / self._manifest["library"], threads)
+        emulator = emulator_of(self._manifest)
+        if not emulator:
+            raise PockError(
+                f"this artifact is for {self._manifest['target']} and no emulator is known for "
+                "it.\n  Copy the folder to the device and run ./pocktvm-run . there."
+            )
+        return Piped([*emulator, str(self.path / "pocktvm-run"), str(self.path)], threads)
+
+    def _live(self) -> Backend:
+        if self._backend is None:
+            raise PockError("this trainer is closed; load the artifact again")
+        return self._backend
+
+    def step(self, *arrays: Any, lr: float | None = None) -> float:
+        """Train on one batch: `step(x, y)`, several inputs in order, labels last; the loss.
+
+        `lr`: None takes the one stored at build. Integers may be int32 or int64; a uint8 image
+        batch is normalised on the device. PockError: wrong number, shape, dtype, NaN, a label out
+        of range; the weights are then as before.
+        """
+        rate = self._manifest["lr"] if lr is None else float(lr)
+        if not np.isfinite(rate) or rate < 0:
+            raise PockError(f"lr = {lr}; give a finite number, 0 or more")
+        return self._live().step(self._batch(arrays, self.inputs, "step"), rate)
+
+    def predict(self, *arrays: Any) -> np.ndarray:
+        """The model's output on one batch, with the weights as they are now."""
+        return self._live().predict(self._batch(arrays, self._x, "predict"), self._output_shape)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Every parameter by torch's name (tied names too), in torch's shape and layout."""
+        backend = self._live()
+        weights = self.path / "weights.safetensors"
+        trained = {n for n, t in self._manifest["tensors"].items() if t["kind"] == "trained"}
+        state = {}
+        for name, entry in read_index(weights).items():
+            if name in trained:
+                state[name] = backend.get(name, entry.shape)
+            else:
+                state[name] = read_tensor(weights, entry)
+        aliases = {n: t["aliases"] for n, t in self._manifest["tensors"].items() if n in trained}
+        for name, others in {**self._manifest["aliases"], **aliases}.items():
+            state.update({other: state[name] for other in others if name in state})
+        return state
+
+    def optimizer_state(self) -> dict[str, np.ndarray]:
+        """The optimizer's tensors, as `<state>/<parameter>`."""
+        tensors = self._manifest["tensors"].items()
+        states = {n: tuple(t["shape"]) for n, t in tensors if t["kind"] == "optimizer"}
+        return {name: self._live().get(name, shape) for name, shape in states.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Trained tensors, optimizer state and step count as safetensors, replaced atomically."""
+        self._live().save(os.path.abspath(path))
+
+    def load(self, path: str | Path) -> None:
+        """Go on from a checkpoint. PockError: it is foreign, damaged or of another model; the
+        state is then as before."""
+        self._live().load(os.path.abspath(path))
+
+    @property
+    def steps(self) -> int:
+        """Steps done since the initial weights, those before a loaded checkpoint included."""
+        return int(self._live().info()["steps"])
+
+    @property
+    def threads(self) -> int:
+        """Threads that a step uses."""
+        return int(self._live().info()["threads"])
+
+    def close(self) -> None:
+        """Give memory and threads back; the trainer is of no use afterwards."""
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_backend", None) is not None:
+            self.close()
+
+    def _batch(self, arrays: Sequence[Any], specs: Sequence[Input], what: str) -> Batch:
+        if len(arrays) == 1 and isinstance(arrays[0], (tuple, list)) and len(specs) != 1:
+            arrays = arrays[0]  # predict((x1, x2))
+        elif len(arrays) == 2 and isinstance(arrays[0], (tuple, list)) and len(specs) > 2:
+            arrays = [*arrays[0], arrays[1]]  # step((x1, x2), y)
+        if len(arrays) != len(specs):
+            names = ", ".join(s.name for s in specs)
+            raise PockError(f"{what} takes {len(specs)} arrays ({names}), not {len(arrays)}")
+        return [_convert(a, s, what) for a, s in zip(arrays, specs, strict=True)]
+
+
+def _convert(value: Any, spec: Input, what: str) -> tuple[np.ndarray, int]:
+    """A C-contiguous array in a dtype the library reads; values are checked there."""
+    array = np.asarray(value)
+    kind = str(array.dtype)
+    last = kind == "uint8" and len(spec.shape) == 4 and array.shape == _channels_last(spec.shape)
+    if array.shape != spec.shape and not last:
+        raise PockError(
+            f"{what}: '{spec.name}' has shape {array.shape}, this artifact takes {spec.shape}"
+            + _batch_hint(array.shape, spec.shape)
+        )
+    known = {"float32": FLOAT32, "uint8": UINT8} if spec.dtype == "float32" else {}
+    known = known or {"int32": INT32, "int64": INT64}
+    if kind not in known:
+        raise PockError(
+            f"{what}: '{spec.name}' is {kind}, this artifact takes {' or '.join(known)}; "
+            f"convert it with .astype(np.{spec.dtype})"
+        )
+    dtype = UINT8_NHWC if last and array.shape != spec.shape else known[kind]
+    return np.ascontiguousarray(array), dtype
+
+
+def _channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0], shape[2], shape[3], shape[1])
+
+
+def _batch_hint(given: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    if wanted and given[1:] == wanted[1:]:
+        return f"\n  The batch is fixed at build: give {wanted[0]} samples, or build with another."
+    return ""
+
+
+_MACHINES = {"arm64": "aarch64", "amd64": "x86_64"}
+
+
+def runs_here(manifest: Mapping[str, Any]) -> bool:
+    """Whether this machine can load the artifact's library itself."""
+    machine = platform.machine().lower()
+    same = manifest.get("arch", "") == _MACHINES.get(machine, machine)
+    return bool(same and manifest.get("os") == platform.system().lower())
