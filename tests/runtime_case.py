@@ -96,9 +96,8 @@ def _functions():
     dz = te.compute(
         (N, C),
         lambda n, c: (
-            te.exp(z0[n, c]) / exps[n] - tvm.tirx.if_then_else(y[n] == c, 1.0, 0.0).astype(f)
-        )
-        / N,
+            (te.exp(z0[n, c]) / exps[n] - tvm.tirx.if_then_else(y[n] == c, 1.0, 0.0).astype(f)) / N
+        ),
     )
     dh_all = te.compute((N, H), lambda n, k: total(C, lambda c: dz0[n, c] * w2[c, k]))
     dh = te.compute(
@@ -185,7 +184,10 @@ def programs():
     scalars = {"lr": "lr", "bc": f"bias_correction:{BETA}"}
     step = Program("step", tuple(calls), table, ("x", "y"), {"loss": "loss"}, scalars)
     few = {n: table[n] for n in "x fc.weight fc.bias h head.weight z".split()}
-    return {"step": step, "predict": Program("predict", tuple(calls[:2]), few, ("x",), {"output": "z"})}
+    return {
+        "step": step,
+        "predict": Program("predict", tuple(calls[:2]), few, ("x",), {"output": "z"}),
+    }
 
 
 def naive_plan(kernels):
@@ -201,7 +203,9 @@ def naive_plan(kernels):
         persistent = at if buffer.kind in lasting else persistent
     predict = {n: offsets[n] for n in kernels.programs["predict"].buffers if n in offsets}
     by_class = dict.fromkeys(CLASSES, 0)
-    return MemoryPlan(at, persistent, at, at + 1000, {"step": offsets, "predict": predict}, by_class)
+    return MemoryPlan(
+        at, persistent, at, at + 1000, {"step": offsets, "predict": predict}, by_class
+    )
 
 
 def build(target_name, out, *, state=None, model="tiny", inputs=(X, Y), target=None):
@@ -211,8 +215,12 @@ def build(target_name, out, *, state=None, model="tiny", inputs=(X, Y), target=N
     target = target or load_target(target_name)
     state = state or parameters()
     params = {
-        "fc.weight": Param("fc.weight", np.ascontiguousarray(state["fc.weight"].T), "trained", (1, 0)),
-        "head.weight": Param("head.weight", state["head.weight"], "trained", None, ("tied.weight",)),
+        "fc.weight": Param(
+            "fc.weight", np.ascontiguousarray(state["fc.weight"].T), "trained", (1, 0)
+        ),
+        "head.weight": Param(
+            "head.weight", state["head.weight"], "trained", None, ("tied.weight",)
+        ),
         "exp_avg/fc.weight": Param(
             "exp_avg/fc.weight", np.zeros((D, H), np.float32), "optimizer", (1, 0)
         ),
