@@ -40,3 +40,19 @@ def panels(array: np.ndarray, *, nr: int, transpose: bool = False) -> np.ndarray
         np.ascontiguousarray(matrix[:, c : c + nr]).ravel() for c in range(0, matrix.shape[1], nr)
     ]
     return np.concatenate(pieces)
+
+
+@packer
+def conv_panels(array: np.ndarray, *, nr: int, groups: int = 1, swap: bool = False) -> np.ndarray:
+    """HWIO weights as [group][panel][tap][depth][panel width], the last panel narrower.
+
+    With `swap` for the input gradient, which sums over output channels: depth is then O / groups
+    and the panels run over I.
+    """
+    h, w, i, o = array.shape
+    pieces = []
+    for g in range(groups):
+        part = array[..., g * (o // groups) : (g + 1) * (o // groups)].reshape(h * w, i, -1)
+        part = part.transpose(0, 2, 1) if swap else part
+        pieces.append(panels(part, nr=nr))
+    return np.concatenate(pieces)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pocktvm.schedule.rule import Rule
+from pocktvm.schedule.rules.conv import Conv
+from pocktvm.schedule.rules.depthwise import DepthwiseConv, DepthwiseInputGrad
 from pocktvm.schedule.rules.elementwise import Elementwise
 from pocktvm.schedule.rules.fallback import Fallback
 
 RULES: tuple[Rule, ...] = (
     Elementwise(),
+    DepthwiseConv(),
+    DepthwiseInputGrad(),
+    Conv(),
     Fallback(),
 )

@@ -1,0 +1,322 @@
+"""Direct convolution as implicit GEMM: the loop nest of the forward and of the input gradient.
+
+Both are sums over taps of `source[pixel of tap] @ weights[tap]`; they differ in which source pixel
+a tap meets (schedule/window.py) and in how the weights are laid out. The register tile is
+pixels x output channels: each weight vector is loaded once for all pixels of the tile, each source
+value is one broadcast (or one lane) for all its vectors.
+
+- A tile's pixels are neighbours in a row, of one image or of several: small maps fill their tile
+  with images, so that all pixels of a tile always see the same kernel rows. Which rows those are is
+  a loop bound; which columns is known at build time, and border tiles are written out.
+- Where the columns' cases would be too much code (large dilated kernels), a tile is one column with
+  a loop bound as well.
+- One parallel loop runs over row units x channel panels: panels innermost while the weights fit in
+  the second-level cache, rows innermost when they do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pocktvm.ir.target import Isa
+from pocktvm.schedule import emit
+from pocktvm.schedule.emit import Context
+from pocktvm.schedule.expression import Position, finish
+from pocktvm.schedule.spatial import outer
+from pocktvm.schedule.window import Axis, Run, tiles
+from pocktvm.tvm_api import T, tirx
+
+Expr = Any
+CODE_LIMIT = 5000  # multiply-adds written out: about one second of LLVM
+
+
+@dataclass(frozen=True)
+class Direct:
+    """One convolution to emit. Shapes are NHWC and whole; `depth`, `width` are one group's."""
+
+    source: str  # the value read
+    result: str  # the anchor's output
+    source_shape: tuple[int, ...]
+    result_shape: tuple[int, ...]
+    kernel: tuple[int, int]
+    groups: int
+    phases: tuple[tuple[Axis, Axis], ...]
+
+    @property
+    def depth(self) -> int:
+        """Channels summed over, of one group."""
+        return self.source_shape[3] // self.groups
+
+    @property
+    def width(self) -> int:
+        """Channels computed, of one group."""
+        return self.result_shape[3] // self.groups
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds, borders counted whole."""
+        n, _, _, c = self.result_shape
+        return sum(
+            n * rows.out * columns.out * rows.taps * columns.taps * self.depth * c
+            for rows, columns in self.phases
+        )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a weight vector is: row (tap, channel) of panel j of group g."""
+
+    buffer: Any
+    packed: bool  # [group][panel][tap][depth][panel width], else [tap][depth][groups * width]
+
+    def at(self, conv: Direct, group: Expr, panel: Expr, nr: int, width: int) -> tuple[Expr, int]:
+        """(index of row 0, elements between rows)."""
+        if self.packed:
+            taps = conv.kernel[0] * conv.kernel[1]
+            return (group * conv.width + panel * nr) * (taps * conv.depth), width
+        return group * conv.width + panel * nr, conv.groups * conv.width
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The register tile: `images` x `pixels` of a row x `nr` channels; k unrolled by `unroll`."""
+
+    pixels: int
+    images: int
+    nr: int
+    unroll: int = 4
+    panels_outer: bool = False
+
+
+def choose_tile(conv: Direct, isa: Isa) -> Tile:
+    """The tile with the fewest cycles a pixel by a simple port model (2 loads, 2 FMAs a cycle)."""
+    batch = conv.result_shape[0]
+    columns = max(columns.out for _, columns in conv.phases)
+    lanes, best = isa.lanes, (float("inf"), 0, Tile(1, 1, isa.lanes))
+    widths = emit.vectors(conv.width, lanes)
+    for v in range(1, min(len(widths), 6) + 1):
+        limit = max_pixels(isa, v)
+        if limit < 1:
+            continue
+        pixels, images = columns, 1
+        if columns >= limit:
+            pixels = -(-columns // -(-columns // limit))
+        else:
+            images = max(d for d in range(1, max(1, limit // columns) + 1) if batch % d == 0)
+        p = pixels * images
+        panels = [v] * (len(widths) // v) + ([len(widths) % v] if len(widths) % v else [])
+        loads = p / 4 if isa.lane_fma else p
+        cycles = sum(max(p * u / 2, (loads + u) / 2, 4) for u in panels) / p
+        candidate = (cycles, -p * v, Tile(pixels, images, v * lanes))
+        best = min(best, candidate, key=lambda c: c[:2])
+    tile = best[2]
+    weights = conv.kernel[0] * conv.kernel[1] * conv.depth * conv.width * 4
+    unroll = 4 if tile.pixels * tile.images * tile.nr // lanes <= 16 or isa.lane_fma else 2
+    return Tile(tile.pixels, tile.images, tile.nr, unroll, weights > isa.l2_bytes // 2)
+
+
+def max_pixels(isa: Isa, vectors: int) -> int:
+    """Pixels whose accumulators, with `vectors` weights and the source values, fit registers."""
+    if isa.lane_fma:  # one register a pixel holds four values of k
+        return (isa.vector_registers - vectors) // (vectors + 1)
+    return (isa.vector_registers - vectors - 2) // vectors
+
+
+def emit_direct(ctx: Context, conv: Direct, weights: Weights, tile: Tile) -> None:
+    """The whole loop nest, epilogue included."""
+    n = conv.result_shape[0] // tile.images
+    rows = max(axis.out for axis, _ in conv.phases)
+    panels = -(-conv.width // tile.nr)
+    units = n * rows
+    with outer(units * panels * conv.groups, 2 * conv.macs) as f:
+        if tile.panels_outer:
+            panel, unit = f // units, f % units
+        else:
+            unit, panel = f // (panels * conv.groups), f % (panels * conv.groups)
+        group = panel // panels if conv.groups > 1 else tirx.const(0, "int32")
+        panel = panel % panels if conv.groups > 1 else panel
+        row = _Row(ctx, conv, weights, tile, T.bind(unit // rows * tile.images),
+                   T.bind(unit % rows), T.bind(group), T.bind(panel))  # fmt: skip
+        tail = conv.width % tile.nr
+        if not tail:
+            row.emit(tile.nr)
+        elif panels == 1:
+            row.emit(tail)
+        else:
+            with T.If(row.panel < panels - 1):
+                with T.Then():
+                    row.emit(tile.nr)
+                with T.Else():
+                    row.emit(tail)
+
+
+@dataclass
+class _Row:
+    """One row unit of one panel: image n, row q of every phase, channels of a panel."""
+
+    ctx: Context
+    conv: Direct
+    weights: Weights
+    tile: Tile
+    n: Expr
+    q: Expr
+    group: Expr
+    panel: Expr
+
+    def emit(self, width: int) -> None:
+        """All phases of the row for a panel of `width` channels."""
+        longest = max(axis.out for axis, _ in self.conv.phases)
+        for rows, columns in self.conv.phases:
+            if rows.out == longest:
+                self.phase(rows, columns, width)
+            else:
+                with T.If(self.q < rows.out), T.Then():
+                    self.phase(rows, columns, width)
+
+    def phase(self, rows: Axis, columns: Axis, width: int) -> None:
+        """Cover the row of one phase with tiles."""
+        bounds = rows.bounds(self.q)
+        vectors = emit.vectors(width, self.ctx.lanes)
+        runs = tiles(columns, self.tile.pixels)
+        if _code(runs, self.tile, len(vectors)) * len(self.conv.phases) > CODE_LIMIT:
+            with T.serial(0, columns.out) as x:
+                runs = [Run(0, 1, 1, ((0,),) * columns.taps)]
+                self.block(rows, columns, bounds, runs[0], x, vectors, columns.bounds(x))
+            return
+        for run in runs:
+            if run.count == 1:
+                at = tirx.const(run.start, "int32")
+                self.block(rows, columns, bounds, run, at, vectors, None)
+                continue
+            with T.serial(0, run.count) as t:
+                x = T.bind(t * run.width + run.start)
+                self.block(rows, columns, bounds, run, x, vectors, None)
+
+    def block(
+        self, rows: Axis, columns: Axis, bounds: tuple[Expr, Expr], run: Run, x: Expr,
+        vectors: Sequence[tuple[int, int]], span: tuple[Expr, Expr] | None,
+    ) -> None:  # fmt: skip
+        """One register tile: sum over kernel rows, columns and channels, then the epilogue.
+
+        `span` bounds the column taps where they are not written out."""
+        conv = self.conv
+        _, h, w, c = conv.source_shape
+        width = vectors[-1][0] + vectors[-1][1]
+        keys = [(b, r) for b in range(self.tile.images) for r in range(run.width)]
+        acc = emit.local(len(keys) * width)
+        for i in range(len(keys)):
+            for start, lanes in vectors:
+                emit.store(acc, i * width + start, emit.const(0.0, lanes), lanes)
+        origin, stride = self.weights.at(conv, self.group, self.panel, self.tile.nr, width)
+        origin = T.bind(origin)
+        dot = _Dot(self, acc, vectors, stride, [b * h * w * c + r * columns.step * c
+                                                for b, r in keys])  # fmt: skip
+        kw, depth = conv.kernel[1], conv.depth
+        if columns.taps:
+            with T.serial(*bounds) as ty:
+                line = self.n * h + rows.source(self.q, ty)
+                x0 = T.bind((line * w + columns.source(x, 0)) * c + self.group * depth)
+                w0 = T.bind(origin + rows.kernel(ty) * (kw * depth * stride))
+
+                def tap(tx: Any, pixels: Sequence[int]) -> None:
+                    dot.emit(x0 + tx * (columns.dilation * c),
+                             w0 + columns.kernel(tx) * (depth * stride), depth, pixels)  # fmt: skip
+
+                everyone = range(len(keys))
+                contiguous = (columns.kernel_step, columns.dilation, conv.groups) == (1, 1, 1)
+                if span is not None or (run.whole and not contiguous):
+                    with T.serial(*(span or (0, columns.taps))) as tx:
+                        tap(tx, everyone)
+                elif run.whole:
+                    dot.emit(x0, w0, depth * columns.taps, everyone)
+                else:
+                    for tx in range(columns.taps):
+                        tap(tx, [i for i, (_, r) in enumerate(keys) if r in run.pixels[tx]])
+        self.finish(rows, columns, keys, x, acc, vectors)
+
+    def finish(
+        self, rows: Axis, columns: Axis, keys: Sequence[tuple[int, int]], x: Expr, acc: Any,
+        vectors: Sequence[tuple[int, int]],
+    ) -> None:  # fmt: skip
+        """Epilogue and stores of a tile."""
+        _, oh, ow, _ = self.conv.result_shape
+        width = vectors[-1][0] + vectors[-1][1]
+        c0 = T.bind(self.group * self.conv.width + self.panel * self.tile.nr)
+        for i, (b, r) in enumerate(keys):
+            row = ((self.n + b) * oh + rows.position(self.q)) * ow + columns.position(x + r)
+            row = T.bind(row)
+            for start, lanes in vectors:
+                value = emit.load(acc, i * width + start, lanes)
+                at = Position(self.conv.result_shape, row, c0 + start, lanes)
+                finish(self.ctx, {self.conv.result: value}, at)
+
+
+@dataclass
+class _Dot:
+    """acc[pixel] += sum over k of source[pixel + k] * weights[k]."""
+
+    row: _Row
+    acc: Any
+    vectors: Sequence[tuple[int, int]]
+    stride: int
+    pixels: Sequence[int]  # offset of every pixel in the source
+
+    def emit(self, x: Expr, w: Expr, count: int, chosen: Sequence[int]) -> None:
+        """A loop over `count` consecutive source values, for the chosen pixels."""
+        if not chosen:
+            return
+        lane = self.row.ctx.task.target.isa.lane_fma and self.row.ctx.lanes == 4
+        step: Callable[[Expr, Expr, Sequence[int]], None] = self.lanes if lane else self.scalars
+        unroll = 4 if lane else self.row.tile.unroll
+        whole = count // unroll
+        if whole <= 2:
+            for k in range(whole):
+                step(x + k * unroll, w + k * unroll * self.stride, chosen)
+        else:
+            with T.serial(0, whole) as k:
+                step(x + k * unroll, w + k * (unroll * self.stride), chosen)
+        for k in range(whole * unroll, count):
+            self.one(x + k, w + k * self.stride, chosen)
+
+    def scalars(self, x: Expr, w: Expr, chosen: Sequence[int]) -> None:
+        """`unroll` values of k, each pixel's value broadcast."""
+        for u in range(self.row.tile.unroll):
+            self.one(x + u, w + u * self.stride, chosen)
+
+    def one(self, x: Expr, w: Expr, chosen: Sequence[int]) -> None:
+        """One value of k."""
+        source = self.row.ctx.buffers[self.row.conv.source]
+        for i in chosen:
+            value = emit.load(source, x + self.pixels[i], 1)
+            self.fma(i, w, lambda lanes, value=value: emit.splat(value, lanes))  # type: ignore[misc]
+
+    def lanes(self, x: Expr, w: Expr, chosen: Sequence[int]) -> None:
+        """Four values of k: each pixel's four in one register, multiplied by lane."""
+        source = self.row.ctx.buffers[self.row.conv.source]
+        four = {i: T.bind(emit.load(source, x + self.pixels[i], 4)) for i in chosen}
+        for u in range(4):
+            for i in chosen:
+                self.fma(i, w + u * self.stride,
+                         lambda lanes, a=four[i], u=u: _lane(a, u, lanes))  # type: ignore[misc] # fmt: skip
+
+    def fma(self, i: int, w: Expr, value: Callable[[int], Expr]) -> None:
+        """acc[i] += value * weights, on every vector of the panel."""
+        base = i * (self.vectors[-1][0] + self.vectors[-1][1])
+        for start, lanes in self.vectors:
+            weight = emit.load(self.row.weights.buffer, w + start, lanes)
+            total = emit.load(self.acc, base + start, lanes) + value(lanes) * weight
+            emit.store(self.acc, base + start, total, lanes)
+
+
+def _lane(vector: Expr, lane: int, width: int) -> Expr:
+    return tirx.Shuffle([vector], [lane] * width) if width > 1 else tirx.Shuffle([vector], [lane])
+
+
+def _code(runs: Sequence[Run], tile: Tile, vectors: int) -> int:
+    """Multiply-adds written out for a row."""
+    unit = tile.images * vectors * tile.unroll
+    return sum(
+        run.width * unit if run.whole else sum(len(p) for p in run.pixels) * unit for run in runs
+    )

@@ -1,0 +1,46 @@
+"""What the rules of spatial operators (convolutions, pools, resizes) share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pocktvm.ir.graph import Node
+from pocktvm.schedule.rule import Task
+from pocktvm.tvm_api import T
+
+# A parallel region costs 5-12 us to enter and leave; below 50 us of work one thread is faster.
+PARALLEL_FLOPS = 2_000_000
+PARALLEL_BYTES = 400_000
+
+
+def outer(extent: int, flops: int = 0, nbytes: int = 0) -> Any:
+    """The outermost loop of a kernel: over threads when the work pays for them."""
+    worth = flops >= PARALLEL_FLOPS or nbytes >= PARALLEL_BYTES
+    return T.parallel(0, extent) if worth and extent > 1 else T.serial(0, extent)
+
+
+def decline_spatial(task: Task, *ops: str) -> str | None:
+    """Why a task is no NHWC float32 spatial operator of these names, with its epilogue."""
+    node = task.anchor
+    if node is None or node.op not in ops:
+        return f"not {' or '.join(ops)}"
+    if node.attrs.get("layout", "NCHW") != "NHWC":
+        return f"layout {node.attrs.get('layout', 'NCHW')}; the layout pass makes it NHWC"
+    names = (*node.inputs, *node.outputs)
+    if any(task.values[name].dtype != "float32" for name in names):
+        return "not float32"
+    if any(name not in task.node.inputs for name in node.inputs):
+        return "an operand is computed inside the group"
+    shape = task.shape(node.outputs[0])
+    if any(task.shape(out) != shape for out in task.node.outputs):
+        return "an output of the group has another shape than the operator"
+    if any(extent == 0 for name in names for extent in task.shape(name)):
+        return "an empty tensor"
+    return None
+
+
+def anchor_of(task: Task) -> Node:
+    """The operator that decides the loop nest; tasks without one were declined before."""
+    node = task.anchor
+    assert node is not None
+    return node

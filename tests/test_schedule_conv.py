@@ -1,0 +1,67 @@
+"""Convolution kernels against the reference: every border, stride, tail and vector width."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from schedule_harness import check_rule, host
+
+from pocktvm.ir.graph import Node, Value
+from pocktvm.schedule.rules.conv import Conv
+
+# n, h, w, cin, cout, kernel, stride, padding (t,l,b,r), dilation, groups
+SHAPES = [
+    (2, 8, 8, 16, 32, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1),
+    (8, 4, 4, 5, 19, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1),
+    (1, 17, 14, 3, 24, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1), 1),  # a stem
+    (1, 29, 30, 3, 16, (7, 7), (2, 2), (3, 3, 3, 3), (1, 1), 1),
+    (2, 13, 11, 7, 11, (5, 3), (3, 2), (2, 0, 1, 2), (1, 1), 1),
+    (1, 1, 1, 6, 10, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1),
+    (3, 9, 10, 4, 8, (3, 3), (1, 1), (2, 2, 2, 2), (2, 2), 1),
+    (2, 7, 7, 12, 12, (3, 3), (2, 1), (1, 1, 1, 1), (1, 2), 3),
+    (1, 8, 8, 6, 9, (1, 1), (2, 2), (0, 0, 0, 0), (1, 1), 1),
+    (1, 8, 12, 3, 40, (4, 4), (4, 4), (0, 0, 0, 0), (1, 1), 1),  # patches
+    (1, 20, 40, 2, 4, (9, 9), (1, 1), (16, 16, 16, 16), (4, 4), 1),  # too many border cases
+]
+TARGETS = [(16, False), (8, False), (4, True), (1, False)]
+CASES = [(s, TARGETS[i % 4]) for i, s in enumerate(SHAPES)]
+CASES += list(itertools.product(SHAPES[1:3], TARGETS[:3]))
+
+
+def geometry(shape):
+    n, h, w, cin, cout, kernel, stride, padding, dilation, groups = shape
+    out = [
+        (size + padding[i] + padding[i + 2] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i, size in enumerate((h, w))
+    ]
+    attrs = dict(strides=stride, padding=padding, dilation=dilation, groups=groups, layout="NHWC")
+    return (n, h, w, cin), (*kernel, cin // groups, cout), (n, *out, cout), attrs
+
+
+def values(**shapes):
+    return {name: Value(name, tuple(shape)) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("shape, isa", CASES)
+def test_forward(shape, isa):
+    x, w, y, attrs = geometry(shape)
+    node = Node("conv2d", ("x", "w"), ("y",), attrs)
+    frozen = ("w",) if shape[1] % 2 else ()
+    check_rule(node, values(x=x, w=w, y=y), Conv(), host(*isa), frozen=frozen)
+
+
+@pytest.mark.parametrize("shape, isa", [CASES[1], CASES[2], CASES[7]])
+def test_forward_with_epilogue(shape, isa):
+    x, w, y, attrs = geometry(shape)
+    c = (y[-1],)
+    types = values(x=x, w=w, b=c, r=y, y=y, t=y, u=y, z=y)
+    body = (
+        Node("conv2d", ("x", "w"), ("y",), attrs),
+        Node("add", ("y", "b"), ("t",)),
+        Node("relu6", ("t",), ("u",)),
+        Node("add", ("u", "r"), ("z",)),
+    )
+    about = {"anchor": 0, "kind": "conv2d"}
+    node = Node("group", ("x", "w", "b", "r"), ("u", "z"), about, "", body)
+    check_rule(node, types, Conv(), host(*isa), frozen=("w", "b"))
