@@ -97,9 +97,9 @@ def main(argv: list[str] | None = None) -> int:
 def prepare(options: argparse.Namespace, folder: Path) -> list[Contestant]:
     """Build our artifact, write the batch and the trained names, name every command."""
     import torch
-    from pocktvm.frontend.resolve import resolve_model
 
     import pocktvm
+    from pocktvm.frontend.resolve import resolve_model
 
     workload = WORKLOADS[options.workload]
     source = resolve_model(workload.model, batch=workload.batch)

@@ -1,4 +1,4 @@
-"""Our contestant: the artifact, driven through the public Trainer. Imports neither torch nor TVM."""
+"""Our contestant: the artifact through the public Trainer. Imports neither torch nor TVM."""
 
 from __future__ import annotations
 

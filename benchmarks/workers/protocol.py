@@ -1,6 +1,6 @@
 """The protocol between the bench and its workers.
 
-A worker prepares itself, prints one JSON line `{"ready": true, "losses": […], "rss_bytes": …}` after
+A worker prepares itself, prints a JSON line `{"ready": true, "losses": […], "rss_bytes": …}` after
 its warm-up, then answers each line `N` on stdin by running N steps and printing the milliseconds
 of each as a JSON list. It ends when stdin closes.
 """

@@ -7,15 +7,16 @@ but its shift learns, and runs channels_last; `compile` is torch.compile of the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from pocktvm.frontend.resolve import resolve_model
 from torch import nn
 
 from benchmarks.workers.protocol import serve
+from pocktvm.frontend.resolve import resolve_model
 
 
 def main() -> None:
@@ -63,7 +64,7 @@ def fold_batch_norms(module: nn.Module) -> None:
     for child in module.children():
         fold_batch_norms(child)
     names = list(module._modules)
-    for first, second in zip(names, names[1:], strict=False):
+    for first, second in itertools.pairwise(names):
         conv, norm = module._modules[first], module._modules[second]
         if not (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)):
             continue
