@@ -1,7 +1,6 @@
 /* A batch for runs without data, and the order of samples for runs with it.
  *
- * Integers only up to the last exact multiplication: every target makes the same bits.
- * pocktvm/runtime/synthetic.py makes them in Python. */
+ * Integers only up to the last exact multiplication: every target makes the same bits. */
 #include <string.h>
 
 #include "runner.h"

@@ -155,7 +155,8 @@ void pk_unlock(pocktvm *m);
 /* process.c */
 int64_t pk_resident_bytes(void);
 void pk_prefault(const char *start, int64_t nbytes);
-void pk_prefault_library(const char *skip, int64_t skip_bytes);
+void pk_prefault_code(void);
+void pk_prefault_stack(void);
 int pk_library_folder(char *folder, size_t room);
 
 #endif

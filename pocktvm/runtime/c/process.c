@@ -12,6 +12,8 @@
 
 #include "internal.h"
 
+enum { STACK_BYTES = 64 << 10 }; /* kernels keep packed tiles of up to this size there */
+
 int64_t pk_resident_bytes(void) {
   char text[128];
   int fd = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
@@ -31,46 +33,37 @@ void pk_prefault(const char *start, int64_t nbytes) {
 }
 
 #ifdef __linux__
-typedef struct {
-  const char *inside, *skip;
-  int64_t skip_bytes;
-} walk;
-
 /* Code is read from disk at its first use otherwise: a slow first step, and memory that a
- * measurement would take for the arena's. */
-static int touch_segments(struct dl_phdr_info *info, size_t size, void *data) {
+ * measurement would take for the arena's. Ours, and the two libraries that kernels call. */
+static int touch_code(struct dl_phdr_info *info, size_t size, void *data) {
   (void)size;
-  const walk *w = data;
-  int found = 0;
+  const char *inside = data, *name = info->dlpi_name ? info->dlpi_name : "";
+  int wanted = strstr(name, "/libm.so") || strstr(name, "/libc.so") || strstr(name, "/ld-musl");
   for (int pass = 0; pass < 2; pass++) {
     for (int i = 0; i < info->dlpi_phnum; i++) {
       const ElfW(Phdr) *segment = &info->dlpi_phdr[i];
-      if (segment->p_type != PT_LOAD || !(segment->p_flags & PF_R)) continue;
+      if (segment->p_type != PT_LOAD || !(segment->p_flags & PF_X)) continue;
       const char *start = (const char *)(info->dlpi_addr + segment->p_vaddr);
-      const char *end = start + segment->p_filesz;
-      if (pass == 0) {
-        found |= w->inside >= start && w->inside < end;
-      } else if (w->skip >= start && w->skip < end) {
-        pk_prefault(start, w->skip - start);
-        const char *after = w->skip + w->skip_bytes;
-        if (after < end) pk_prefault(after, end - after);
-      } else {
-        pk_prefault(start, end - start);
-      }
+      if (pass == 0)
+        wanted |= inside >= start && inside < start + segment->p_filesz;
+      else if (segment->p_flags & PF_R)
+        pk_prefault(start, (int64_t)segment->p_filesz);
     }
-    if (!found) return 0;
+    if (!wanted) return 0;
   }
-  return 1;
+  return 0;
 }
 #endif
 
-void pk_prefault_library(const char *skip, int64_t skip_bytes) {
+void pk_prefault_code(void) {
 #ifdef __linux__
-  walk w = {(const char *)(uintptr_t)&pk_prefault, skip, skip_bytes};
-  dl_iterate_phdr(touch_segments, &w);
-#else
-  (void)skip, (void)skip_bytes;
+  dl_iterate_phdr(touch_code, (void *)(uintptr_t)&pk_prefault_code);
 #endif
+}
+
+void pk_prefault_stack(void) {
+  volatile char stack[STACK_BYTES];
+  for (int i = 0; i < STACK_BYTES; i += 4096) stack[i] = 0;
 }
 
 int pk_library_folder(char *folder, size_t room) {

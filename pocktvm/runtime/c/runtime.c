@@ -58,7 +58,8 @@ static int open_frozen(pocktvm *m) {
     int status = map_frozen_file(m);
     if (status) return status;
   }
-  pk_prefault_library(model->frozen, model->frozen ? model->frozen_bytes : 0);
+  pk_prefault_code();
+  pk_prefault_stack();
   pk_prefault(m->frozen, model->frozen_bytes);
   return POCKTVM_OK;
 }

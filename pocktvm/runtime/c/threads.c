@@ -102,6 +102,7 @@ static uint32_t wait_for_job(pk_pool *pool, uint32_t seen) {
 static void *work(void *argument) {
   pk_pool *pool = argument;
   uint32_t seen = 0;
+  pk_prefault_stack();
   while (!atomic_load(&pool->closing)) {
     seen = wait_for_job(pool, seen);
     take_tasks(pool, seen);
