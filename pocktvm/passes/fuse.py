@@ -10,7 +10,8 @@ matrix product it costs a register. The rules:
   pool, reduction) has exactly its result's shape.
 - *Chains*: elementwise nodes of one shape join each other; such a group, read by nobody else, then
   joins the group that reads it (gelu(z) in front of an add behind a convolution).
-- *Prologue*: an elementwise group read by one reduction only becomes part of that reduction.
+- *Prologue*: an elementwise group read by one reduction only becomes part of that reduction; a
+  node in front of a reduction leaves the anchor it follows when that value is stored anyway.
 - An update (w - lr * dw, with its states) is elementwise, so it lands behind its weight gradient,
   and the gradient itself is never stored.
 
@@ -38,7 +39,7 @@ ANCHORS = REDUCTIONS | frozenset(
     "avg_pool2d_grad".split()
 )
 SMALL = 16384  # bytes; what may be computed earlier than the given order says
-OPERANDS = 12  # distinct operands of a kernel; more do not stay in registers on any target
+OPERANDS = 12  # distinct tensors a kernel reads; more base addresses spill on every target
 
 
 @dataclass
@@ -103,12 +104,33 @@ class Fuser:
         alone = Group([index], index, shape, None, True)
         self.group_of[index] = alone
         candidates = [g for g in self._operand_groups(alone) if g.open and g.shape == shape]
+        if self._only_reduced(index):
+            candidates = [
+                g for g in candidates if g.anchor is None or not self._is_stored(g, index)
+            ]
         # anchors before plain chains, later ones before earlier
         candidates.sort(key=lambda g: (g.anchor is not None, g.place), reverse=True)
         home = next((g for g in candidates if self._join(g, alone)), alone)
         for group in candidates:
             if group is not home and group.elementwise and self._all_read_by(group, home):
                 self._swallow(home, group)
+
+    def _only_reduced(self, index: int) -> bool:
+        """True when a reduction is all that reads this node: it will be its prologue."""
+        readers = self.readers.get(self.nodes[index].outputs[0], [])
+        if self.nodes[index].outputs[0] in self.results:
+            return False
+        return len(readers) == 1 and self.nodes[readers[0]].op in REDUCTIONS
+
+    def _is_stored(self, group: Group, index: int) -> bool:
+        """True when what node `index` reads of the group is kept for others in any case."""
+        made = {o for m in group.members for o in self.nodes[m].outputs}
+        return any(
+            r != index and r not in group.members
+            for name in self.nodes[index].inputs
+            if name in made
+            for r in self.readers.get(name, ())
+        )
 
     def _operand_groups(self, group: Group) -> list[Group]:
         """Groups that compute operands of `group`, each once."""
@@ -126,6 +148,10 @@ class Fuser:
         names = dict.fromkeys(i for m in members for i in self.nodes[m].inputs)
         return [n for n in names if n not in inside]
 
+    def _too_wide(self, groups: Iterable[Group]) -> bool:
+        """More tensors than a kernel should read; scalars are free."""
+        return sum(self.graph.values[n].size > 1 for n in self.operands(groups)) > OPERANDS
+
     def _all_read_by(self, group: Group, reader: Group) -> bool:
         """True when nobody outside `reader` (and `group`) needs what `group` computes."""
         for member in group.members:
@@ -140,7 +166,7 @@ class Fuser:
 
     def _join(self, group: Group, late: Group) -> bool:
         """Merge the newest node into `group` at the group's place, or else here."""
-        if len(self.operands([group, late])) > OPERANDS:
+        if self._too_wide([group, late]):
             return False
         others = [g for g in self._operand_groups(late) if g is not group]
         joining = self._ahead(group, late, others)
@@ -175,7 +201,7 @@ class Fuser:
                 joining.append(other)
             elif not self._can_hoist(other, group.place):
                 return None
-        return None if len(self.operands([group, late, *joining])) > OPERANDS else joining
+        return None if self._too_wide([group, late, *joining]) else joining
 
     def _can_hoist(self, group: Group, place: float, depth: int = 6) -> bool:
         """True for a group that runs before `place`, or can: small or a view, operands too."""
@@ -217,7 +243,7 @@ class Fuser:
 
     def _swallow(self, home: Group, group: Group) -> None:
         """An elementwise group only `home` reads moves into it, unless it reads too much."""
-        if len(self.operands([home, group])) > OPERANDS or group.place > home.place:
+        if self._too_wide([home, group]) or group.place > home.place:
             return
         full = [n for n in self.operands([group]) if self._stays_live(n, group)]
         if len(full) <= 1:  # its one result made way for at most one operand kept longer
@@ -236,7 +262,7 @@ class Fuser:
         group = self.group_of[maker]
         if not group.elementwise or not self._all_read_by(group, reduction):
             return
-        if len(self.operands([reduction, group])) <= OPERANDS:
+        if not self._too_wide([reduction, group]):
             reduction.prologue = list(group.members)
             self._merge(reduction, group, reduction.place)
 
