@@ -153,11 +153,9 @@ class Fuser:
         return sum(self.graph.values[n].size > 1 for n in self.operands(groups)) > OPERANDS
 
     def _all_read_by(self, group: Group, reader: Group) -> bool:
-        """True when nobody outside `reader` (and `group`) needs what `group` computes."""
+        """True when no node outside `reader` (and `group`) reads what `group` computes."""
         for member in group.members:
             for out in self.nodes[member].outputs:
-                if out in self.results:
-                    return False
                 for r in self.readers.get(out, ()):
                     other = self.group_of.get(r)
                     if other is None or (other is not reader and other is not group):
@@ -246,7 +244,9 @@ class Fuser:
         if self._too_wide([home, group]) or group.place > home.place:
             return
         full = [n for n in self.operands([group]) if self._stays_live(n, group)]
-        if len(full) <= 1:  # its one result made way for at most one operand kept longer
+        if len(full) <= 1 and self._updates_fit(
+            [home, group], home.place
+        ):  # its one result made way for at most one operand kept longer
             self._merge(home, group, home.place)
 
     def _stays_live(self, name: str, group: Group) -> bool:
@@ -262,6 +262,8 @@ class Fuser:
         group = self.group_of[maker]
         if not group.elementwise or not self._all_read_by(group, reduction):
             return
+        if any(o in self.results for m in group.members for o in self.nodes[m].outputs):
+            return  # a result of the prologue's shape cannot leave the reduction's loops
         if not self._too_wide([reduction, group]):
             reduction.prologue = list(group.members)
             self._merge(reduction, group, reduction.place)
