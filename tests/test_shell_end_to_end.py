@@ -232,7 +232,8 @@ def test_the_users_own_function(place):
         "import torch\n"
         "def tiny(batch=3):\n"
         "    torch.manual_seed(0)\n"
-        "    net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 2))\n"
+        "    layers = torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 2)\n"
+        "    net = torch.nn.Sequential(*layers)\n"
         "    return net, (torch.randn(batch, 5),)\n"
     )
     done = cli("build", f"{place}/nets.py:tiny", "--scheme", "full", "--batch", 4, cwd=place)
