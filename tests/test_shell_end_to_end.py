@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from pocktvm.manifest import read_manifest
 
+ROOT = Path(__file__).parent.parent
 BATCH, SAMPLES = 8, 19
 QEMU = pytest.mark.skipif(
     shutil.which("qemu-aarch64") is None or not Path("/usr/aarch64-linux-gnu").is_dir(),
@@ -26,7 +27,10 @@ QEMU = pytest.mark.skipif(
 
 def cli(*words: object, code: int = 0, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pocktvm", *(str(w) for w in words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment, **options
+    )
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr or code == 3
     return done

@@ -15,7 +15,7 @@ import numpy as np
 from pocktvm.errors import PockError
 from pocktvm.ir.graph import ITEMSIZE, Graph, Node, Value
 from pocktvm.ir.kernels import Buffer, Call, Program
-from pocktvm.ir.ops import VIEWS
+from pocktvm.ir.ops import VIEWS, is_elementwise
 from pocktvm.ir.target import Target
 from pocktvm.schedule.compile_kernel import Compiled, KernelCompiler, NoRule
 from pocktvm.schedule.pack import apply_pack
@@ -104,13 +104,18 @@ class ProgramBuilder:
         self._call(task.node, compiled)
 
     def _task(self, node: Node) -> Task:
-        inputs = tuple(i for i in node.inputs if i not in self.literals)
+        bare = not node.body and is_elementwise(node.op)
+        if bare and any(name in self.literals for name in node.inputs):  # they need a body
+            attrs = {"anchor": None, "kind": "elementwise"}
+            node = Node("group", node.inputs, node.outputs, attrs, node.layer, (node,))
+        literals = self.literals if node.body else {}
+        inputs = tuple(i for i in node.inputs if i not in literals)
         names = {n for part in (node, *node.body) for n in (*part.inputs, *part.outputs)}
         frozen = frozenset(k for k, name in enumerate(inputs) if name in self.graph.consts)
         return Task(
             node=replace(node, inputs=inputs),
             values={n: self.values[n] for n in names},
-            literals={n: self.literals[n] for n in names if n in self.literals},
+            literals={n: literals[n] for n in names if n in literals},
             frozen=frozen,
             target=self.target,
         )
