@@ -9,6 +9,8 @@ from schedule_harness import check_rule, host
 
 from pocktvm.ir.graph import Node, Value
 from pocktvm.schedule.rules.conv import Conv
+from pocktvm.schedule.rules.conv_input_grad import ConvInputGrad
+from pocktvm.schedule.rules.conv_weight_grad import ConvWeightGrad
 
 # n, h, w, cin, cout, kernel, stride, padding (t,l,b,r), dilation, groups
 SHAPES = [
@@ -65,3 +67,47 @@ def test_forward_with_epilogue(shape, isa):
     about = {"anchor": 0, "kind": "conv2d"}
     node = Node("group", ("x", "w", "b", "r"), ("u", "z"), about, "", body)
     check_rule(node, types, Conv(), host(*isa), frozen=("w", "b"))
+
+
+@pytest.mark.parametrize("shape, isa", CASES)
+def test_input_gradient(shape, isa):
+    x, w, y, attrs = geometry(shape)
+    node = Node("conv2d_input_grad", ("dy", "w"), ("dx",), attrs)
+    frozen = ("w",) if shape[1] % 2 else ()
+    check_rule(node, values(dy=y, w=w, dx=x), ConvInputGrad(), host(*isa), frozen=frozen)
+
+
+@pytest.mark.parametrize("shape, isa", [CASES[1], CASES[4]])
+def test_input_gradient_with_mask(shape, isa):
+    x, w, y, attrs = geometry(shape)
+    body = (
+        Node("conv2d_input_grad", ("dy", "w"), ("dx",), attrs),
+        Node("relu_grad", ("dx", "a"), ("z",)),
+    )
+    about = {"anchor": 0, "kind": "conv2d_input_grad"}
+    node = Node("group", ("dy", "w", "a"), ("z",), about, "", body)
+    check_rule(node, values(dy=y, w=w, a=x, dx=x, z=x), ConvInputGrad(), host(*isa))
+
+
+@pytest.mark.parametrize("shape, isa", CASES)
+def test_weight_gradient(shape, isa):
+    x, w, y, attrs = geometry(shape)
+    node = Node("conv2d_weight_grad", ("x", "dy"), ("dw",), attrs)
+    block = {"block": 16} if shape[0] == 2 else {}
+    check_rule(node, values(x=x, dy=y, dw=w), ConvWeightGrad(), host(*isa), **block)
+
+
+@pytest.mark.parametrize(
+    "shape, isa, block", [(SHAPES[1], TARGETS[0], 16), (SHAPES[4], TARGETS[1], 64)]
+)
+def test_weight_gradient_with_update(shape, isa, block):
+    x, w, y, attrs = geometry(shape)
+    body = (
+        Node("conv2d_weight_grad", ("x", "dy"), ("dw",), attrs),
+        Node("multiply", ("dw", "lr"), ("t",)),
+        Node("subtract", ("w", "t"), ("z",)),
+    )
+    about = {"anchor": 0, "kind": "conv2d_weight_grad"}
+    node = Node("group", ("x", "dy", "lr", "w"), ("z",), about, "", body)
+    types = values(x=x, dy=y, dw=w, w=w, lr=(), t=w, z=w)
+    check_rule(node, types, ConvWeightGrad(), host(*isa), block=block)

@@ -6,7 +6,7 @@ import pytest
 from schedule_harness import check_rule, host
 
 from pocktvm.ir.graph import Node, Value
-from pocktvm.schedule.rules.depthwise import DepthwiseConv, DepthwiseInputGrad
+from pocktvm.schedule.rules.depthwise import DepthwiseConv, DepthwiseInputGrad, DepthwiseWeightGrad
 
 # n, h, w, channels, kernel, stride, padding (t,l,b,r), dilation
 SHAPES = [
@@ -59,3 +59,15 @@ def test_input_gradient(shape, isa):
         attrs = {"anchor": 0, "kind": "conv2d_input_grad"}
         node = Node("group", ("dy", "w", "x"), ("z",), attrs, "", body)
     check_rule(node, types, DepthwiseInputGrad(), host(*isa))
+
+
+@pytest.mark.parametrize("shape, isa", CASES)
+def test_weight_gradient(shape, isa):
+    x, w, y, attrs = geometry(shape)
+    types = values(x=x, dy=y, dw=w, w=w, z=w)
+    node = Node("conv2d_weight_grad", ("x", "dy"), ("dw",), attrs)
+    if shape[0] == 2:
+        body = (node, Node("subtract", ("w", "dw"), ("z",)))
+        attrs = {"anchor": 0, "kind": "conv2d_weight_grad"}
+        node = Node("group", ("x", "dy", "w"), ("z",), attrs, "", body)
+    check_rule(node, types, DepthwiseWeightGrad(), host(*isa))

@@ -29,7 +29,7 @@ from pocktvm.schedule.window import Axis, Run, tiles
 from pocktvm.tvm_api import T, tirx
 
 Expr = Any
-CODE_LIMIT = 5000  # multiply-adds written out: about one second of LLVM
+CODE_LIMIT = 2500  # multiply-adds written out: about a second of LLVM
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,9 @@ class _Row:
         vectors = emit.vectors(width, self.ctx.lanes)
         runs = tiles(columns, self.tile.pixels)
         if _code(runs, self.tile, len(vectors)) * len(self.conv.phases) > CODE_LIMIT:
+            one = Run(0, 1, 1, ((0,),) * columns.taps)
             with T.serial(0, columns.out) as x:
-                runs = [Run(0, 1, 1, ((0,),) * columns.taps)]
-                self.block(rows, columns, bounds, runs[0], x, vectors, columns.bounds(x))
+                self.block(rows, columns, bounds, one, x, vectors, columns.bounds(x))
             return
         for run in runs:
             if run.count == 1:
@@ -214,7 +214,7 @@ class _Row:
         dot = _Dot(self, acc, vectors, stride, [b * h * w * c + r * columns.step * c
                                                 for b, r in keys])  # fmt: skip
         kw, depth = conv.kernel[1], conv.depth
-        if columns.taps:
+        if rows.taps and columns.taps:
             with T.serial(*bounds) as ty:
                 line = self.n * h + rows.source(self.q, ty)
                 x0 = T.bind((line * w + columns.source(x, 0)) * c + self.group * depth)

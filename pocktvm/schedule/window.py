@@ -71,6 +71,17 @@ class Axis:
             lo, hi = (lo + d) // self.dilation, (hi + d) // self.dilation
         return T.bind(lo), T.bind(tirx.Min(hi, tirx.const(self.taps, "int32")))
 
+    def outputs(self, tap: Expr) -> tuple[Expr, Expr]:
+        """The outputs [lo, hi) for which the tap meets a real element; hi may be below lo."""
+        shift = self.offset + tap * self.dilation
+        if isinstance(shift, int):
+            lo, hi = max(0, -(shift // self.step)), (self.src - shift - 1) // self.step + 1
+            return lo, min(hi, self.out)
+        zero = tirx.const(0, "int32")
+        lo = (tirx.Max(zero - shift, zero) + (self.step - 1)) // self.step
+        hi = (tirx.Max(self.src - shift, zero) + (self.step - 1)) // self.step
+        return T.bind(lo), T.bind(tirx.Min(hi, tirx.const(self.out, "int32")))
+
     def cases(self) -> list[tuple[int, int, tuple[int, ...]]]:
         """Ranges of outputs [start, stop) with the taps that all of them see."""
         found: list[tuple[int, int, tuple[int, ...]]] = []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pocktvm.schedule.rule import Rule
 from pocktvm.schedule.rules.conv import Conv
-from pocktvm.schedule.rules.depthwise import DepthwiseConv, DepthwiseInputGrad
+from pocktvm.schedule.rules.conv_input_grad import ConvInputGrad
+from pocktvm.schedule.rules.conv_weight_grad import ConvWeightGrad
+from pocktvm.schedule.rules.depthwise import DepthwiseConv, DepthwiseInputGrad, DepthwiseWeightGrad
 from pocktvm.schedule.rules.elementwise import Elementwise
 from pocktvm.schedule.rules.fallback import Fallback
 
@@ -12,6 +14,9 @@ RULES: tuple[Rule, ...] = (
     Elementwise(),
     DepthwiseConv(),
     DepthwiseInputGrad(),
+    DepthwiseWeightGrad(),
     Conv(),
+    ConvInputGrad(),
+    ConvWeightGrad(),
     Fallback(),
 )

@@ -7,7 +7,11 @@ from typing import Any
 
 from pocktvm.schedule import emit
 from pocktvm.schedule.depthwise import Depthwise, Tile, emit_depthwise
+from pocktvm.schedule.depthwise_weight_grad import Tile as WeightGradTile
+from pocktvm.schedule.depthwise_weight_grad import choose_tile as weight_grad_tile
+from pocktvm.schedule.depthwise_weight_grad import emit_depthwise_weight_grad
 from pocktvm.schedule.rule import Emitted, Knob, Task
+from pocktvm.schedule.rules.conv_weight_grad import describe as describe_weight_grad
 from pocktvm.schedule.spatial import anchor_of, decline_spatial
 from pocktvm.schedule.window import Window
 
@@ -89,3 +93,32 @@ def fit_tile(task: Task, conv: Depthwise, wish: Sequence[int]) -> Tile:
     if have < vectors:
         pixels, vectors = pixels * vectors // have, have
     return Tile(min(pixels, max(columns.out for _, columns in conv.phases)), vectors)
+
+
+class DepthwiseWeightGrad:
+    """dw = conv2d_weight_grad(x, dy) with groups = channels (schedule/depthwise_weight_grad.py)."""
+
+    name = "depthwise_weight_grad"
+
+    def decline(self, task: Task) -> str | None:
+        """Declines dense and grouped convolutions, other layouts and types."""
+        reason = decline_spatial(task, "conv2d_weight_grad")
+        if reason is None:
+            node = anchor_of(task)
+            reason = decline_groups(task, task.shape(node.inputs[0])[3], node.inputs[1])
+        return reason
+
+    def knobs(self, task: Task) -> Mapping[str, Knob]:
+        """Pixels written out, channel vectors, kernel rows at a time."""
+        tile = weight_grad_tile(describe_weight_grad(task), task.target.isa)
+        return {
+            "pixels": Knob((4, 2, 8), tile.pixels),
+            "vectors": Knob(tuple(dict.fromkeys((tile.vectors, 1, 2))), tile.vectors),
+            "lines": Knob((tile.lines,), tile.lines),
+        }
+
+    def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
+        """No workspace: a task's sums live on its stack."""
+        grad, tile = describe_weight_grad(task), WeightGradTile(**knobs)
+        func = emit.build(task, lambda ctx: emit_depthwise_weight_grad(ctx, grad, tile))
+        return Emitted(func, flops=2 * grad.macs)

@@ -1,0 +1,177 @@
+"""The weight gradient of a depthwise convolution: kh x kw sums a channel, kept in registers.
+
+A task owns a part of the channels. It walks blocks of rows that fit the second-level cache; in each
+it takes its channels a few vectors at a time, loads their sums, adds every pixel of the block, and
+puts them back on its stack. Large kernels are summed a few kernel rows at a time, as many as there
+are registers for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pocktvm.ir.target import Isa
+from pocktvm.schedule import emit
+from pocktvm.schedule.depthwise import Vectors, each_block
+from pocktvm.schedule.emit import Context
+from pocktvm.schedule.expression import Position, finish
+from pocktvm.schedule.spatial import outer
+from pocktvm.schedule.weight_grad import PARTIAL_BYTES, WeightGrad, last
+from pocktvm.schedule.window import Run, tiles
+from pocktvm.tvm_api import T, tirx
+
+Expr = Any
+BLOCK_BYTES = 200 * 1024  # of x and dy in a block of rows
+CODE_LIMIT = 600  # multiply-adds written out for a channel block
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`pixels` of a row written out x `vectors` channel vectors, `lines` kernel rows at a time."""
+
+    pixels: int
+    vectors: int
+    lines: int
+
+
+def choose_tile(grad: WeightGrad, isa: Isa) -> Tile:
+    """As many kernel rows as there are registers for their sums; then vectors."""
+    kh, kw = grad.dw_shape[:2]
+    room = max(1, isa.vector_registers - 4)
+    lines = max(1, min(kh, room // kw))
+    have = max(1, -(-grad.dw_shape[3] // isa.lanes))
+    return Tile(4, max(1, min(have, 2, room // (lines * kw))), lines)
+
+
+def emit_depthwise_weight_grad(ctx: Context, grad: WeightGrad, tile: Tile) -> None:
+    """The whole loop nest, epilogue included."""
+    channels, taps = grad.dw_shape[3], grad.dw_shape[0] * grad.dw_shape[1]
+    block = tile.vectors * ctx.lanes
+    fit = max(1, PARTIAL_BYTES // (4 * taps) // block)
+    even = -(-channels // block) // (2 * ctx.task.target.isa.cores)
+    part = min(channels, max(1, min(fit, even)) * block)
+    parts = -(-channels // part)
+    with outer(parts, 2 * grad.macs) as f:
+        last(f, parts, part, channels,
+             lambda width: _Part(ctx, grad, tile, T.bind(f * part), width).emit())  # fmt: skip
+
+
+@dataclass
+class _Part:
+    """`width` channels from `first`."""
+
+    ctx: Context
+    grad: WeightGrad
+    tile: Tile
+    first: Expr
+    width: int
+
+    def emit(self) -> None:
+        """All blocks of rows, then the epilogue."""
+        kh, kw = self.grad.dw_shape[:2]
+        n, oh, ow, channels = self.grad.dy_shape
+        step = self.grad.rows.step * self.grad.columns.step
+        row_bytes = ow * channels * 4 * (1 + step)
+        high = min(oh, max(1, BLOCK_BYTES // row_bytes))
+        blocks = -(-oh // high)
+        self.sums = emit.local(kh * kw * self.width)
+        with T.serial(0, kh * kw) as t:
+            self.each(lambda c, v: [emit.store(self.sums, t * self.width + c + s,
+                                               emit.const(0.0, w), w) for s, w in v])  # fmt: skip
+        with T.serial(0, n * blocks) as b:
+            image, row = T.bind(b // blocks), T.bind(b % blocks * high)
+            end = T.bind(tirx.Min(row + high, tirx.const(oh, "int32")))
+            for top in range(0, kh, self.tile.lines):
+                lines = range(top, min(kh, top + self.tile.lines))
+                self.each(lambda c, v, lines=lines: self.block(image, row, end, lines, c, v))
+        with T.serial(0, kh * kw) as t:
+            self.each(lambda c, v: self.finish(t, c, v))
+
+    def each(self, body: Any) -> None:
+        """`body(channel within the part, vectors)` over the part."""
+        each_block(self.width, self.ctx.lanes, self.tile.vectors, body)
+
+    def finish(self, t: Expr, c: Expr, vectors: Vectors) -> None:
+        """Epilogue and stores of one tap."""
+        for start, lanes in vectors:
+            value = emit.load(self.sums, t * self.width + c + start, lanes)
+            at = Position(self.grad.dw_shape, t, self.first + c + start, lanes)
+            finish(self.ctx, {self.grad.dw: value}, at)
+
+    def block(
+        self, n: Expr, row: Expr, end: Expr, lines: Sequence[int], c: Expr, vectors: Vectors
+    ) -> None:
+        """Add rows [row, end) of dy to the sums of some kernel rows of one channel block."""
+        kw = self.grad.dw_shape[1]
+        width = vectors[-1][0] + vectors[-1][1]
+        slots = {ky * kw + kx: i for i, (ky, kx) in
+                 enumerate((ky, kx) for ky in lines for kx in range(kw))}  # fmt: skip
+        acc = emit.local(len(slots) * width)
+
+        def move(save: bool) -> None:
+            for tap, slot in slots.items():
+                for start, lanes in vectors:
+                    a, b = slot * width + start, tap * self.width + c + start
+                    if save:
+                        emit.store(self.sums, b, emit.load(acc, a, lanes), lanes)
+                    else:
+                        emit.store(acc, a, emit.load(self.sums, b, lanes), lanes)
+
+        move(save=False)
+        runs = tiles(self.grad.columns, self.tile.pixels)
+        rows = self.grad.rows
+        cases = [(a, b, [k for k in taps if k in lines]) for a, b, taps in rows.cases()]
+        cost = len(vectors) * sum(len(p) for run in runs for p in run.pixels)
+        if cost * sum(len(taps) for *_, taps in cases) <= CODE_LIMIT:
+            for start, stop, taps in cases:
+                lo = tirx.Max(row, tirx.const(start, "int32"))
+                hi = tirx.Min(end, tirx.const(stop, "int32"))
+                with T.serial(lo, hi) as y:
+                    self.line(n, y, taps, c, vectors, runs, acc, slots)
+        else:
+            with T.serial(row, end) as y:
+                for ky in lines:
+                    source = rows.source(y, ky)
+                    with T.If(tirx.And(source >= 0, source < rows.src)), T.Then():
+                        self.line(n, y, [ky], c, vectors, runs, acc, slots)
+        move(save=True)
+
+    def line(
+        self, n: Expr, y: Expr, taps: Sequence[int], c: Expr, vectors: Vectors,
+        runs: Sequence[Run], acc: Any, slots: dict[int, int],
+    ) -> None:  # fmt: skip
+        """One row of dy."""
+        for run in runs:
+            if run.count == 1:
+                self.pixels(n, y, tirx.const(run.start, "int32"), taps, c, vectors, run, acc, slots)
+            else:
+                with T.serial(0, run.count) as t:
+                    x = T.bind(t * run.width + run.start)
+                    self.pixels(n, y, x, taps, c, vectors, run, acc, slots)
+
+    def pixels(
+        self, n: Expr, y: Expr, x: Expr, taps: Sequence[int], c: Expr, vectors: Vectors,
+        run: Run, acc: Any, slots: dict[int, int],
+    ) -> None:  # fmt: skip
+        """A few pixels of dy, every tap of some kernel rows."""
+        grad, columns = self.grad, self.grad.columns
+        _, h, w, channels = grad.x_shape
+        _, oh, ow, _ = grad.dy_shape
+        kw, width = grad.dw_shape[1], vectors[-1][0] + vectors[-1][1]
+        meets: dict[int, list[tuple[int, int]]] = {}
+        for kx in range(kw):
+            for r in run.pixels[kx]:
+                meets.setdefault(columns.source(r, kx), []).append((r, kx))
+        d0 = T.bind(((n * oh + y) * ow + x) * channels + self.first + c)
+        for ky in taps:
+            line = (n * h + grad.rows.source(y, ky)) * w + x * columns.step
+            x0 = T.bind(line * channels + self.first + c)
+            for start, lanes in vectors:
+                for column in sorted(meets):
+                    value = self.ctx.load(grad.x, x0 + (column * channels + start), lanes)
+                    for r, kx in meets[column]:
+                        dy = self.ctx.load(grad.dy, d0 + (r * channels + start), lanes)
+                        at = slots[ky * kw + kx] * width + start
+                        emit.store(acc, at, emit.load(acc, at, lanes) + value * dy, lanes)

@@ -1,0 +1,52 @@
+"""The weight gradient of a convolution, dense and grouped (schedule/weight_grad.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pocktvm.schedule import emit
+from pocktvm.schedule.rule import Emitted, Knob, Task
+from pocktvm.schedule.spatial import anchor_of, decline_spatial
+from pocktvm.schedule.weight_grad import Tile, WeightGrad, choose_tile, emit_weight_grad
+from pocktvm.schedule.window import Window
+
+
+class ConvWeightGrad:
+    """dw = conv2d_weight_grad(x, dy), with an epilogue such as the update of w."""
+
+    name = "conv_weight_grad"
+
+    def decline(self, task: Task) -> str | None:
+        """Declines other operators, layouts and types."""
+        return decline_spatial(task, "conv2d_weight_grad")
+
+    def knobs(self, task: Task) -> Mapping[str, Knob]:
+        """The register tile and the pixels of a block."""
+        tile, lanes = choose_tile(describe(task), task.target.isa), task.target.isa.lanes
+        return {
+            "mr": _knob(tile.mr, 4, 6, 8, 12),
+            "nr": _knob(tile.nr, lanes, 2 * lanes, 3 * lanes, 4 * lanes),
+            "block": _knob(tile.block, 64, 128, 256, 512),
+        }
+
+    def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
+        """No workspace: a task's sums and its panel of dy live on its stack."""
+        grad = describe(task)
+        func = emit.build(task, lambda ctx: emit_weight_grad(ctx, grad, Tile(**knobs)))
+        return Emitted(func, flops=2 * grad.macs)
+
+
+def describe(task: Task) -> WeightGrad:
+    """The weight gradient of a task."""
+    node = anchor_of(task)
+    x, dy, dw = (task.shape(name) for name in (*node.inputs[:2], node.outputs[0]))
+    window = Window.of(node.attrs)
+    rows, columns = window.forward(dy[1:3], x[1:3], dw[:2])
+    return WeightGrad(
+        node.inputs[0], node.inputs[1], node.outputs[0], x, dy, dw, window.groups, rows, columns
+    )
+
+
+def _knob(default: Any, *options: Any) -> Knob:
+    return Knob(tuple(dict.fromkeys((default, *options))), default)
