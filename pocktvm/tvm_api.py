@@ -42,6 +42,16 @@ def version() -> str:
     return str(tvm.__version__)
 
 
+def compile_module(module: Any, target: Any) -> Any:
+    """TVM's compilation of a module of loop nests.
+
+    Storage rewriting is off: it drops the annotation that keeps `emit.local` off the heap, and has
+    nothing to share, since every temporary is an argument.
+    """
+    with tvm.transform.PassContext(opt_level=3, config={"tirx.disable_storage_rewrite": True}):
+        return tvm.compile(module, target)
+
+
 def tvm_target(description: Any) -> Any:
     """A TVM target from its JSON fields."""
     return TvmTarget(dict(description))

@@ -12,7 +12,7 @@ from pocktvm.reference import eval_node
 from pocktvm.schedule.pack import apply_pack
 from pocktvm.schedule.rule import Task, defaults
 from pocktvm.targets import load_target
-from pocktvm.tvm_api import IRModule, tvm, tvm_target
+from pocktvm.tvm_api import IRModule, compile_module, tvm, tvm_target
 
 rng = np.random.default_rng(0)
 
@@ -45,7 +45,7 @@ def run_rule(task: Task, rule: Any, arrays: dict[str, np.ndarray], **knobs: Any)
     ]
     scratch = [np.full(size, 55, dtype) for size, dtype in emitted.workspaces]
     buffers = [tvm.runtime.tensor(a) for a in (*inputs, *outputs, *scratch)]
-    compiled = tvm.compile(IRModule({"main": emitted.func}), tvm_target(task.target.tvm))
+    compiled = compile_module(IRModule({"main": emitted.func}), tvm_target(task.target.tvm))
     compiled["main"](*buffers)
     results = buffers[len(inputs) : len(inputs) + len(outputs)]
     return [

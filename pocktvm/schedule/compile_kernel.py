@@ -13,7 +13,7 @@ from pocktvm.ir.kernels import ArgSpec, Kernel
 from pocktvm.schedule.cache import KernelCache, key_of
 from pocktvm.schedule.rule import Emitted, Pack, Rule, Task, defaults
 from pocktvm.schedule.rules import RULES
-from pocktvm.tvm_api import IRModule, buffer_types, tvm, tvm_target, version
+from pocktvm.tvm_api import IRModule, buffer_types, compile_module, tvm_target, version
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def compile_object(func: Any, symbol: str, task: Task) -> bytes:
     handle, path = tempfile.mkstemp(suffix=".o")
     os.close(handle)
     try:
-        tvm.compile(IRModule({symbol: func}), target).mod.write_to_file(path, "o")
+        compile_module(IRModule({symbol: func}), target).mod.write_to_file(path, "o")
         with open(path, "rb") as file:
             return file.read()
     finally:

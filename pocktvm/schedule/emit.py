@@ -89,8 +89,13 @@ def const(value: float | int | bool, width: int = 1, dtype: str = "float32") -> 
 
 
 def local(size: int, dtype: str = "float32") -> Any:
-    """A small buffer for accumulators; constant indices make LLVM keep it in registers."""
-    return T.alloc_buffer((size,), dtype, scope="local")
+    """A small buffer for accumulators; constant indices make LLVM keep it in registers.
+
+    The annotation makes it an `alloca`: without it TVM asks the run time for heap memory, whatever
+    the size (tvm_api.compile_module keeps the annotation alive).
+    """
+    annotations = {"disable_lower_builtin": True}
+    return T.alloc_buffer((size,), dtype, scope="local", annotations=annotations)
 
 
 def vectors(extent: int, lanes: int) -> list[tuple[int, int]]:

@@ -9,9 +9,11 @@ from pocktvm.schedule.rules.conv_weight_grad import ConvWeightGrad
 from pocktvm.schedule.rules.depthwise import DepthwiseConv, DepthwiseInputGrad, DepthwiseWeightGrad
 from pocktvm.schedule.rules.elementwise import Elementwise
 from pocktvm.schedule.rules.fallback import Fallback
+from pocktvm.schedule.rules.matmul import Matmul
 
 RULES: tuple[Rule, ...] = (
     Elementwise(),
+    Matmul(),
     DepthwiseConv(),
     DepthwiseInputGrad(),
     DepthwiseWeightGrad(),

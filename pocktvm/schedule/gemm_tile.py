@@ -1,0 +1,165 @@
+"""The register tile of a matrix product: MR rows x NR columns of C held in registers.
+
+A enters as one scalar a row, broadcast (or, with `fmla` by lane, four values of k as one vector and
+a lane of it); B as vectors along N, from wherever its panel lies. Accumulators are a flat local
+buffer with constant indices: LLVM keeps them in registers as long as MR * NR / lanes stays below
+what the target has (7x16 on 16 registers spills and is 2 to 3 times slower).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pocktvm.ir.target import Isa
+from pocktvm.schedule.emit import (
+    Context,
+    const,
+    load,
+    local,
+    splat,
+    store,
+    vectors,
+)
+from pocktvm.schedule.expression import Position, finish
+from pocktvm.schedule.gemm import Gemm
+from pocktvm.schedule.loops import balanced, ceil_div
+from pocktvm.tvm_api import T, tirx
+
+Expr = Any
+ReadB = Callable[[Expr, int, int], Expr]  # (k, column within the panel, width) -> vector
+UNROLL = 4  # of the k loop
+
+
+def register_tile(isa: Isa, gemm: Gemm) -> tuple[int, int]:
+    """(MR, NR) that fill the registers without spilling, shrunk to the problem.
+
+    16 registers: 6 rows x 2 vectors; 32: 12 x 2 or 8 x 3; NEON by lanes 7 x 3, or 8 x 3 where A is
+    read transposed (instructions per FMA 1.21 and 1.13; 6 x 4 spills).
+    """
+    budget = 24 if isa.vector_registers >= 32 else 12
+    if isa.lane_fma and not gemm.transpose_a:
+        budget = 21
+    vectors_n = ceil_div(gemm.n, isa.lanes)
+    wide = (3, 2, 4) if isa.lane_fma else (2, 3)
+    nv = next((v for v in wide if vectors_n % v == 0), wide[0])
+    if gemm.m * nv < budget:  # few rows: more columns keep the pipeline full
+        nv = min(max(nv, budget // gemm.m), 16)
+    nv = balanced(vectors_n, nv)
+    mr = max(1, min(gemm.m, budget // nv, 14))
+    if gemm.m <= 20 * mr:
+        mr = balanced(gemm.m, mr)
+    return mr, nv * isa.lanes
+
+
+@dataclass
+class Tile:
+    """Emits tiles of one product. `batch` is the index expression of the batch entry."""
+
+    ctx: Context
+    gemm: Gemm
+    batch: Expr
+
+    def accumulators(self, rows: int, width: int) -> Any:
+        """Zeroed registers for rows x width."""
+        acc = local(rows * width)
+        for r in range(rows):
+            for c, w in vectors(width, self.ctx.lanes):
+                store(acc, r * width + c, const(0.0, w), w)
+        return acc
+
+    def multiply(
+        self, acc: Any, row: Expr, rows: int, width: int, k0: Expr, extent: int, read_b: ReadB
+    ) -> None:
+        """acc += A[row : row + rows, k0 : k0 + extent] B[that k, the panel]; read_b counts k from
+        k0."""
+        pieces = vectors(width, self.ctx.lanes)
+        for k, unroll in k_blocks(extent, UNROLL):
+            broadcasts = self._broadcasts(row, rows, k0 + k, unroll)
+            for u in range(unroll):
+                columns = [(c, w, T.bind(read_b(k + u, c, w))) for c, w in pieces]
+                for r in range(rows):
+                    for c, w, b in columns:
+                        i = r * width + c
+                        store(acc, i, load(acc, i, w) + broadcasts(r, u, w) * b, w)
+
+    def _broadcasts(
+        self, row: Expr, rows: int, k: Expr, unroll: int
+    ) -> Callable[[int, int, int], Expr]:
+        """(row, step, width) -> the element of A in every lane."""
+        gemm, ctx = self.gemm, self.ctx
+        base = self.batch * (gemm.m * gemm.k) if gemm.a_batched else 0
+        by_lane = ctx.task.target.isa.lane_fma and ctx.lanes == 4
+        if by_lane and not gemm.transpose_a and unroll == 4:
+
+            def from_k(r: int, u: int, w: int) -> Expr:
+                values = ctx.load(gemm.a, base + (row + r) * gemm.k + k, 4)
+                return tirx.Shuffle([values], [u] * w)
+
+            return from_k
+        fours = rows // 4 * 4 if by_lane and gemm.transpose_a else 0
+        cache: dict[tuple[int, int], Expr] = {}
+
+        def scalar(r: int, u: int, w: int) -> Expr:
+            if r < fours:
+                at = base + (k + u) * gemm.m + row + r // 4 * 4
+                return tirx.Shuffle([ctx.load(gemm.a, at, 4)], [r % 4] * w)
+            if (r, u) not in cache:
+                at = (k + u) * gemm.m + row + r if gemm.transpose_a else (row + r) * gemm.k + k + u
+                cache[r, u] = T.bind(ctx.load(gemm.a, base + at, 1))
+            return splat(cache[r, u], w)
+
+        return scalar
+
+    def position(self, row: Expr, column: Expr, width: int) -> Position:
+        """Where C[row, column] lies in the anchor's output."""
+        shape = self.ctx.task.shape(self.gemm.c)
+        if self.gemm.batch > 1:
+            row = self.batch * self.gemm.m + row
+        return Position(shape, row, column, width)
+
+    def finish(self, acc: Any, row: Expr, rows: int, column: Expr, width: int) -> None:
+        """The epilogue on registers: unrolled when light, else a loop over rows of a copy."""
+        pieces = vectors(width, self.ctx.lanes)
+        if rows == 1 or epilogue_cost(self.ctx.task.node.body) * rows * len(pieces) <= 150:
+            for r in range(rows):
+                self.finish_row(acc, r * width, row + r, column, pieces)
+            return
+        staged = local(rows * width)
+        for r in range(rows):
+            for c, w in pieces:
+                store(staged, r * width + c, load(acc, r * width + c, w), w)
+        with T.serial(0, rows) as r:
+            self.finish_row(staged, r * width, row + r, column, pieces)
+
+    def finish_row(
+        self, acc: Any, at: Expr, row: Expr, column: Expr, pieces: Sequence[tuple[int, int]]
+    ) -> None:
+        """The epilogue of one row of C, from `at` in a buffer."""
+        for c, w in pieces:
+            place = self.position(row, column + c, w)
+            finish(self.ctx, {self.gemm.c: T.bind(load(acc, at + c, w))}, place)
+
+
+def k_blocks(extent: int, unroll: int) -> Iterator[tuple[Expr, int]]:
+    """(start, steps) inside emitted loops: `unroll` steps at a time, then the rest."""
+    full = extent // unroll
+    if full == 1:
+        yield tirx.const(0, "int32"), unroll
+    elif full:
+        with T.serial(0, full) as i:
+            yield i * unroll, unroll
+    if extent % unroll:
+        yield tirx.const(full * unroll, "int32"), extent % unroll
+
+
+LIGHT = frozenset(
+    "add subtract multiply maximum minimum relu relu6 relu_grad relu6_grad clip copy negative "
+    "square where greater less abs reshape".split()
+)
+
+
+def epilogue_cost(body: Sequence[Any]) -> int:
+    """Roughly how many instructions a vector the elementwise nodes take."""
+    return 1 + sum(1 if node.op in LIGHT else 12 for node in body)

@@ -1,0 +1,46 @@
+"""Copies of a matrix with its axes swapped, in 4x4 blocks of shuffles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pocktvm.schedule.emit import load, store
+from pocktvm.schedule.loops import tiles
+from pocktvm.tvm_api import T, tirx
+
+Expr = Any
+BLOCK = 4
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Rows `stride` apart in a flat buffer, the first at `at`."""
+
+    buffer: Any
+    at: Expr
+    stride: int
+
+    def index(self, row: Expr, column: Expr) -> Expr:
+        """The flat index of an element."""
+        return self.at + row * self.stride + column
+
+
+def copy_transposed(source: Matrix, target: Matrix, rows: int, columns: int) -> None:
+    """target[c, r] = source[r, c] for a rows x columns source."""
+    for r, height in tiles(rows, BLOCK):
+        for c, width in tiles(columns, BLOCK):
+            if height == width == BLOCK:
+                _block(source, target, r, c)
+                continue
+            for i in range(height):
+                for j in range(width):
+                    value = load(source.buffer, source.index(r + i, c + j), 1)
+                    store(target.buffer, target.index(c + j, r + i), value, 1)
+
+
+def _block(source: Matrix, target: Matrix, r: Expr, c: Expr) -> None:
+    rows = [T.bind(load(source.buffer, source.index(r + i, c), BLOCK)) for i in range(BLOCK)]
+    for j in range(BLOCK):
+        column = tirx.Shuffle(rows, [i * BLOCK + j for i in range(BLOCK)])
+        store(target.buffer, target.index(c + j, r), column, BLOCK)
