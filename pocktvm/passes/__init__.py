@@ -16,6 +16,7 @@ from pocktvm.passes.fold_constants import fold_constants
 from pocktvm.passes.fold_scales import fold_scales
 from pocktvm.passes.fuse import fuse
 from pocktvm.passes.order import order
+from pocktvm.passes.scale_grads import scale_grads
 from pocktvm.passes.simplify import simplify
 
 Pass = Callable[[Graph], Graph]
@@ -25,6 +26,7 @@ PIPELINE: tuple[Pass, ...] = (
     fold_constants,
     fold_scales,
     simplify,
+    scale_grads,
     assign_layout,
     fold_constants,
     simplify,

@@ -144,4 +144,8 @@ class Simplifier(Editor):
         return array is not None and bool(np.all(array == number))
 
 
-from pocktvm.passes import simplify_arithmetic, simplify_views  # noqa: E402, F401  (rules)
+from pocktvm.passes import (  # noqa: E402, F401  (rules)
+    simplify_arithmetic,
+    simplify_loss,
+    simplify_views,
+)
