@@ -6,6 +6,7 @@ from pocktvm.schedule.rule import Rule
 from pocktvm.schedule.rules.conv import Conv
 from pocktvm.schedule.rules.conv_input_grad import ConvInputGrad
 from pocktvm.schedule.rules.conv_weight_grad import ConvWeightGrad
+from pocktvm.schedule.rules.cross_entropy import CrossEntropy, CrossEntropyGrad
 from pocktvm.schedule.rules.depthwise import DepthwiseConv, DepthwiseInputGrad, DepthwiseWeightGrad
 from pocktvm.schedule.rules.elementwise import Elementwise
 from pocktvm.schedule.rules.fallback import Fallback
@@ -20,5 +21,7 @@ RULES: tuple[Rule, ...] = (
     Conv(),
     ConvInputGrad(),
     ConvWeightGrad(),
+    CrossEntropy(),
+    CrossEntropyGrad(),
     Fallback(),
 )

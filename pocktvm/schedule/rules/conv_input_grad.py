@@ -65,9 +65,7 @@ def describe(task: Task) -> Direct:
     window = Window.of(node.attrs)
     rows, columns = window.gradient(dx[1:3], dy[1:3], w[:2])
     phases = tuple((r, c) for r in rows for c in columns)
-    return Direct(
-        node.inputs[0], node.outputs[0], dy, dx, (w[0], w[1]), window.groups, phases
-    )
+    return Direct(node.inputs[0], node.outputs[0], dy, dx, (w[0], w[1]), window.groups, phases)
 
 
 def emit_swap(conv: Direct, tile: Tile, weight: Any, panels: Any) -> None:
