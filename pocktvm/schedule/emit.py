@@ -133,11 +133,13 @@ def vector_loop(extent: int, lanes: int, unroll: int = 1) -> Iterator[tuple[Expr
         yield tirx.const(full * block + start, "int32"), width
 
 
-def reduce_lanes(vector: Expr, width: int, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+def reduce_lanes(
+    vector: Expr, width: int, combine: Callable[[Expr, Expr], Expr], dtype: str = "float32"
+) -> Expr:
     """Combine the lanes of a vector into one scalar, pairwise (a fixed order: same bits)."""
     if width == 1:
         return vector
-    scratch = local(width)
+    scratch = local(width, dtype)
     store(scratch, 0, vector, width)
     items = [load(scratch, i, 1) for i in range(width)]
     while len(items) > 1:

@@ -11,10 +11,12 @@ from pocktvm.schedule.rules.depthwise import DepthwiseConv, DepthwiseInputGrad, 
 from pocktvm.schedule.rules.elementwise import Elementwise
 from pocktvm.schedule.rules.fallback import Fallback
 from pocktvm.schedule.rules.matmul import Matmul
+from pocktvm.schedule.rules.reduce import Reduce
 
 RULES: tuple[Rule, ...] = (
     Elementwise(),
     Matmul(),
+    Reduce(),
     DepthwiseConv(),
     DepthwiseInputGrad(),
     DepthwiseWeightGrad(),
