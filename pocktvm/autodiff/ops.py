@@ -146,6 +146,7 @@ class Emitter:
         self.layer = layer
         self.suffix = suffix
         self.calls: dict[Any, Expr] = {}
+        self.padding: Mapping[str, int] = {}  # embedding table -> its padding row
 
     def bind(self, expr: Expr, name: str) -> Expr:
         """Bind an expression to a new variable of the current layer."""

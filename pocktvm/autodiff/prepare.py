@@ -75,6 +75,8 @@ class _Walker:
 
     def __init__(self, builder: Any, env: dict[Any, Any], model: Model) -> None:
         self.emitter = Emitter(builder)
+        self.emitter.padding = model.padding
+        self.known_layers = model.layers
         self.env = env
         self.unsupported: dict[str, list[str]] = {}
         # the layer of a value, and whether it is made of parameters alone
@@ -91,7 +93,7 @@ class _Walker:
         body = function.body
         for block in body.blocks if hasattr(body, "blocks") else ():
             for binding in block.bindings:
-                self.emitter.layer, pure = self._layer(binding.value)
+                self.emitter.layer, pure = self._layer(binding)
                 self.layers[binding.var] = (self.emitter.layer, pure)
                 self.env[binding.var] = self._value(binding.value)
         if self.unsupported:
@@ -106,13 +108,13 @@ class _Walker:
             )
         return result
 
-    def _layer(self, value: Any) -> tuple[str, bool]:
-        """A parameter among the operands decides; otherwise the first operand."""
-        found = [self.layers[v] for v in _variables(value) if v in self.layers]
-        for layer, pure in found:
-            if pure and layer:
-                return layer, all(p for _, p in found)
-        return (found[0][0] if found else ""), all(p for _, p in found)
+    def _layer(self, binding: Any) -> tuple[str, bool]:
+        """What the frontend says; else a parameter among the operands decides, or the first."""
+        found = [self.layers[v] for v in _variables(binding.value) if v in self.layers]
+        pure = all(p for _, p in found)
+        known = self.known_layers.get(binding.var.name)
+        own = [layer for layer, p in found if p and layer]
+        return known or [*own, *(layer for layer, _ in found), ""][0], pure
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, relax.Tuple):

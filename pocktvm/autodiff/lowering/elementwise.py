@@ -25,6 +25,8 @@ TWO = {
     "logical_and logical_or floor_divide".split()
 } | {"relax.mod": "mod", "relax.floor_mod": "mod"}
 
+_LARGEST = 3.4028234e38
+
 
 @lower(*SAME)
 def unary(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
@@ -53,8 +55,9 @@ def astype(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
 
 @lower("relax.where")
 def where(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
-    """softplus when it is where(beta*x > threshold, x, log(1 + exp(beta*x)) / beta)."""
-    return _softplus(args, e) or e.where(*args)
+    """softplus when it is where(beta*x > threshold, x, log(1 + exp(beta*x)) / beta), elu when it
+    is where(x > 0, x, alpha * (exp(min(x, 0)) - 1))."""
+    return _softplus(args, e) or _elu_of_where(args, e) or e.where(*args)
 
 
 @lower("relax.nn.leakyrelu")
@@ -90,7 +93,7 @@ def selu(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
 @lower("relax.clip")
 def clip(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
     """relu, relu6, or min(max(x, lo), hi); two one-sided clips become one."""
-    low, high = (float(plain(a)) for a in call.args[1:3])
+    low, high = (_bound(float(plain(a))) for a in call.args[1:3])
     x, inner = args[0], e.call_of(args[0], "clip", "relu")
     if inner is not None:
         attrs = {"min": 0.0} if inner.op.name.endswith(".relu") else attrs_of(inner)
@@ -98,6 +101,12 @@ def clip(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
         if inner_low <= high and low <= inner_high:
             x, low, high = inner.args[0], max(low, inner_low), min(high, inner_high)
     return clipped(x, low, high, e)
+
+
+def _bound(value: float) -> float:
+    """A bound beyond float32, or at the end of the integers, is none."""
+    unbounded = abs(value) >= _LARGEST or value in (-(2.0**31), 2.0**31 - 1, -(2.0**63), 2.0**63)
+    return math.copysign(math.inf, value) if unbounded else value
 
 
 def clipped(x: Expr, low: float, high: float, e: Emitter) -> Expr:
@@ -232,3 +241,24 @@ def _elu(a: Expr, b: Expr, e: Emitter) -> Expr | None:
     if not exp or not exp.args[0].same_as(positive.args[0]):
         return None
     return e.unary("elu", positive.args[0], alpha=-factor)
+
+
+def _elu_of_where(args: Sequence[Expr], e: Emitter) -> Expr | None:
+    condition, x, curve = args
+    above = e.call_of(condition, "greater")
+    if not above or not above.args[0].same_as(x) or scalar_value(above.args[1]) != 0.0:
+        return None
+    product, alpha = e.call_of(curve, "multiply"), 1.0
+    if product:
+        found = scalar_value(product.args[1])
+        if found is None:
+            return None
+        curve, alpha = product.args[0], found
+    difference = e.call_of(curve, "subtract")
+    if not difference or scalar_value(difference.args[1]) != 1.0:
+        return None
+    exp = e.call_of(difference.args[0], "exp")
+    inner = exp and e.call_of(exp.args[0], "minimum")
+    if not inner or not inner.args[0].same_as(x) or scalar_value(inner.args[1]) != 0.0:
+        return None
+    return e.unary("elu", x, alpha=alpha)

@@ -7,14 +7,17 @@ from typing import Any
 
 from pocktvm.autodiff.lowering.registry import lower
 from pocktvm.autodiff.ops import Emitter, Expr, dtype_of, plain, shape_of
+from pocktvm.tvm_api import relax
 
 
 @lower("relax.take")
 def take(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
-    """Rows of a table along an axis; indices of any rank."""
+    """Rows of a table along an axis; indices of any rank. A row named by `padding_idx` gets no
+    gradient."""
     table, indices = args[:2]
     axis = (plain(call.attrs.axis) or 0) % len(shape_of(table))
     attrs = {"axis": axis, "mode": str(call.attrs.mode)}
+    attrs["padding_idx"] = e.padding.get(table.name) if isinstance(table, relax.Var) else None
     return e.op("take", table, indices, shape=shape_of(call), dtype=dtype_of(table), **attrs)
 
 
