@@ -11,6 +11,7 @@ rest. Arguments may be Python numbers (they become rank-0 constants of the other
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -135,6 +136,15 @@ def scalar_value(expr: Expr) -> float | None:
     return float(array.flat[0])
 
 
+@dataclass(frozen=True)
+class Found:
+    """A call seen by a pattern (a Relax call itself refuses to be tested for truth)."""
+
+    op: str
+    args: tuple[Expr, ...]
+    attrs: Mapping[str, Any]
+
+
 class Emitter:
     """Writes our operators into a BlockBuilder, named after the layer they belong to.
 
@@ -151,7 +161,8 @@ class Emitter:
     def bind(self, expr: Expr, name: str) -> Expr:
         """Bind an expression to a new variable of the current layer."""
         suffix = "" if name.endswith(self.suffix) else self.suffix
-        var = self.builder.emit(expr, name_hint=f"{self.layer}:{name}{suffix}")
+        hint = f"{self.layer}:{name}{suffix}" if self.layer else f"{name}{suffix}"
+        var = self.builder.emit(expr, name_hint=hint)
         self.calls[var] = expr
         return var
 
@@ -170,12 +181,12 @@ class Emitter:
         items = [relax.TupleGetItem(var, i) for i in range(len(shapes))]
         return tuple(self.bind(item, f"{name}{i}") for i, item in enumerate(items))
 
-    def call_of(self, expr: Expr, *names: str) -> Expr | None:
+    def call_of(self, expr: Expr, *names: str) -> Found | None:
         """The call that computes `expr` when it is one of our operators `names`, else None."""
         call = self.calls.get(expr) if isinstance(expr, relax.Var) else None
         if call is None or not isinstance(call, relax.Call) or op_name(call) not in names:
             return None
-        return call
+        return Found(op_name(call), tuple(call.args), attrs_of(call))
 
     # -- elementwise ---------------------------------------------------------------------------
 
@@ -262,7 +273,7 @@ class Emitter:
         axes = tuple(axes)
         call = self.call_of(x, "permute_dims")
         if call is not None:
-            inner = attrs_of(call)["axes"]
+            inner = call.attrs["axes"]
             x, axes = call.args[0], tuple(inner[a] for a in axes)
         if axes == tuple(range(len(axes))):
             return x

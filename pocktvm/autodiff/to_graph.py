@@ -101,7 +101,7 @@ class GraphBuilder:
         """Append an operator with one result; the shape defaults to the operands' broadcast."""
         if shape is None:
             shape = np.broadcast_shapes(*(self.values[i].shape for i in inputs))
-        out = self.define(name or f"{layer}:{op}", shape, dtype, role)
+        out = self.define(name or (f"{layer}:{op}" if layer else op), shape, dtype, role)
         self.nodes.append(Node(op, inputs, (out,), attrs, layer))
         return out
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pocktvm.autodiff.lowering.norm import match_rms_norm
 from pocktvm.autodiff.lowering.registry import lower
-from pocktvm.autodiff.ops import Emitter, Expr, attrs_of, dtype_of, plain, scalar_value
+from pocktvm.autodiff.ops import Emitter, Expr, dtype_of, plain, scalar_value
 
 SAME = {
     f"relax.{name}": name
@@ -57,7 +57,9 @@ def astype(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
 def where(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
     """softplus when it is where(beta*x > threshold, x, log(1 + exp(beta*x)) / beta), elu when it
     is where(x > 0, x, alpha * (exp(min(x, 0)) - 1))."""
-    return _softplus(args, e) or _elu_of_where(args, e) or e.where(*args)
+    found = _softplus(args, e)
+    found = _elu_of_where(args, e) if found is None else found
+    return e.where(*args) if found is None else found
 
 
 @lower("relax.nn.leakyrelu")
@@ -96,7 +98,7 @@ def clip(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
     low, high = (_bound(float(plain(a))) for a in call.args[1:3])
     x, inner = args[0], e.call_of(args[0], "clip", "relu")
     if inner is not None:
-        attrs = {"min": 0.0} if inner.op.name.endswith(".relu") else attrs_of(inner)
+        attrs = {"min": 0.0} if inner.op == "relu" else inner.attrs
         inner_low, inner_high = attrs.get("min", -math.inf), attrs.get("max", math.inf)
         if inner_low <= high and low <= inner_high:
             x, low, high = inner.args[0], max(low, inner_low), min(high, inner_high)
@@ -161,7 +163,7 @@ def multiply(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
     for x, other in ((a, b), (b, a)):
         gate = e.call_of(other, "sigmoid", "hardsigmoid")
         if gate is not None and gate.args[0].same_as(x):
-            return e.unary("silu" if gate.op.name.endswith(".sigmoid") else "hardswish", x)
+            return e.unary("silu" if gate.op == "sigmoid" else "hardswish", x)
     return e.multiply(a, b)
 
 
@@ -169,7 +171,9 @@ def multiply(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
 def add(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
     """elu when it is relu(x) - alpha * relu(1 - exp(x))."""
     a, b = _same_dtype(args, e)
-    return _elu(a, b, e) or _elu(b, a, e) or e.add(a, b)
+    found = _elu(a, b, e)
+    found = _elu(b, a, e) if found is None else found
+    return e.add(a, b) if found is None else found
 
 
 def _hard(x: Expr, e: Emitter) -> Expr | None:
@@ -213,7 +217,7 @@ def _softplus(args: Sequence[Expr], e: Emitter) -> Expr | None:
     if not exp or not one or beta is None or not exp.args[0].same_as(above.args[0]):
         return None
     scaled = e.call_of(exp.args[0], "multiply")
-    inner = exp.args[0] if beta == 1.0 else scaled and _other(scaled, beta)
+    inner = exp.args[0] if beta == 1.0 or not scaled else _other(scaled, beta)
     if inner is None or not inner.same_as(x):
         return None
     return e.unary("softplus", x, beta=beta, threshold=threshold)

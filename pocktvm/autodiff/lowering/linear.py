@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pocktvm.autodiff.lowering.registry import lower
-from pocktvm.autodiff.ops import Emitter, Expr, attrs_of, plain, shape_of
+from pocktvm.autodiff.ops import Emitter, Expr, plain, shape_of
 from pocktvm.errors import PockError
 
 
@@ -58,7 +58,7 @@ def _untransposed(x: Expr, e: Emitter) -> tuple[Expr, bool]:
     call = e.call_of(inner, "permute_dims")
     if call is None or len(shape_of(inner)) < 2 or shape_of(x)[-2:] != shape_of(inner)[-2:]:
         return x, False
-    axes = attrs_of(call)["axes"]
+    axes = call.attrs["axes"]
     if axes[-1] > axes[-2]:
         return x, False
     swapped = e.permute(call.args[0], (*axes[:-2], axes[-1], axes[-2]))

@@ -89,7 +89,7 @@ def _unit_rms(y: Expr, e: Emitter) -> tuple[Expr, float] | None:
         square = mean and e.call_of(mean.args[0], "square", "multiply")
         if eps is None or not square or not all(s.same_as(x) for s in square.args):
             continue
-        if tuple(plain(mean.attrs["axes"])) == (len(shape_of(x)) - 1,):
+        if mean.attrs["axes"] == (len(shape_of(x)) - 1,):
             return x, eps
     return None
 

@@ -85,6 +85,23 @@ def strided_slice(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
     return e.slice(x, begin, end, strides)
 
 
+@lower("relax.slice_scatter")
+def slice_scatter(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
+    """x with x[begin:end:step] replaced: the parts around it, and the new one between them."""
+    x, part = args[:2]
+    axis = int(call.attrs.axis) % len(shape_of(x))
+    size = shape_of(x)[axis]
+    picked = range(*slice(*(int(plain(a)) for a in call.args[2:5])).indices(size))
+    if picked.step != 1:
+        index = {p: i for i, p in enumerate(picked)}
+        order = np.array([size + index[i] if i in index else i for i in range(size)], "int32")
+        both, attrs = e.concat([x, part], axis), {"axis": axis, "mode": "fast"}
+        return e.op("take", both, constant(order), shape=shape_of(x), dtype=dtype_of(x), **attrs)
+    head = [e.narrow_axis(x, axis, 0, picked.start)] if picked.start > 0 else []
+    tail = [e.narrow_axis(x, axis, picked.stop, size)] if picked.stop < size else []
+    return e.concat([*head, part, *tail], axis)
+
+
 @lower("relax.flip")
 def flip(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
     """Reversed along an axis."""
