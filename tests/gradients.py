@@ -24,6 +24,35 @@ class Probe(nn.Module):
         return self.function(x + self.p)
 
 
+class Rows(nn.Module):
+    """The sum of many probes' losses: one export for a whole table. A row's gradients carry its
+    name and depend on no other row."""
+
+    def __init__(self, probes):
+        super().__init__()
+        self.rows = nn.ModuleDict(probes)
+        with torch.no_grad():
+            for name, probe in probes.items():
+                self.register_buffer(f"y_{name}", torch.randn_like(probe(torch.zeros(1))))
+
+    def forward(self, x):
+        losses = [
+            (row(x) - getattr(self, f"y_{n}")).square().mean() for n, row in self.rows.items()
+        ]
+        return torch.stack(losses).sum()
+
+
+def check_rows(probes, **options):
+    """`check` of all rows of a table at once; returns the step's operators by row."""
+    module = Rows({name: probe.eval() for name, probe in probes.items()})
+    step = check(module, 0.1 * torch.randn(1), "none", **options)
+    layers = {name: f"rows.{name}" for name in probes}
+    return {
+        name: {n.op for n in step.nodes if n.layer == layer or n.layer.startswith(layer + ".")}
+        for name, layer in layers.items()
+    }
+
+
 def build(module, inputs, loss="mse", updated=None, optimizer=None):
     """(model, step, predict) of a module where everything learns unless `updated` says less."""
     model = import_torch(module, inputs)
@@ -42,8 +71,8 @@ def feed(model, inputs, y=None):
 def check(module, inputs, loss="mse", torch_loss=nn.functional.mse_loss, y=None, difference=True):
     """Loss, output and every gradient equal torch's; one random direction equals a difference.
 
-    The tolerance, 1e-5, is relative to the larger of 1 and the gradient's largest element: gradients are
-    read off an update with lr 1, whose rounding is that of the parameter.
+    The tolerance, 1e-5, is relative to the larger of 1 and the gradient's largest element:
+    gradients are read off an update with lr 1, whose rounding is that of the parameter.
     """
     module, tolerance = module.eval(), 1e-5
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from pocktvm.autodiff.losses import Loss
-from pocktvm.autodiff.ops import PREFIX, dtype_of
+from pocktvm.autodiff.ops import PREFIX, dtype_of, layer_and_name
 from pocktvm.autodiff.optimizers import Optimizer
 from pocktvm.autodiff.prepare import ENTRY, Prepared, prepare
 from pocktvm.autodiff.rules import RULES
-from pocktvm.autodiff.rules.registry import ensure_registered, layer_of, needing
+from pocktvm.autodiff.rules.registry import ensure_registered, needing
 from pocktvm.autodiff.to_graph import Converter, GraphBuilder
 from pocktvm.errors import PockError
 from pocktvm.ir.graph import Graph, Param
@@ -140,7 +140,7 @@ def _check_rules(function: Any, needed: frozenset[str]) -> None:
         if full == name:
             ensure_registered(full)
         if binding.var.name in needed and any(v.name in needed for v in _operands(call)):
-            missing.setdefault(full, []).append(layer_of(binding.var.name))
+            missing.setdefault(full, []).append(layer_and_name(binding.var.name)[0])
     if missing:
         raise PockError(_missing_message(missing))
 

@@ -136,6 +136,18 @@ def scalar_value(expr: Expr) -> float | None:
     return float(array.flat[0])
 
 
+def variable_name(layer: str, name: str) -> str:
+    """A Relax variable's name telling its layer; BlockBuilder turns dots into underscores."""
+    return f"{layer.replace('.', '/')}:{name}" if layer else name
+
+
+def layer_and_name(variable: str) -> tuple[str, str]:
+    """The layer of a variable and its whole name, with dots again."""
+    layer, colon, name = variable.rpartition(":")
+    layer = layer.replace("/", ".")
+    return layer, f"{layer}{colon}{name}"
+
+
 @dataclass(frozen=True)
 class Found:
     """A call seen by a pattern (a Relax call itself refuses to be tested for truth)."""
@@ -161,8 +173,7 @@ class Emitter:
     def bind(self, expr: Expr, name: str) -> Expr:
         """Bind an expression to a new variable of the current layer."""
         suffix = "" if name.endswith(self.suffix) else self.suffix
-        hint = f"{self.layer}:{name}{suffix}" if self.layer else f"{name}{suffix}"
-        var = self.builder.emit(expr, name_hint=hint)
+        var = self.builder.emit(expr, name_hint=variable_name(self.layer, f"{name}{suffix}"))
         self.calls[var] = expr
         return var
 

@@ -19,6 +19,7 @@ from pocktvm.autodiff.ops import (
     attrs_of,
     dtype_of,
     is_const,
+    layer_and_name,
     narrow,
     op_name,
     shape_of,
@@ -163,7 +164,7 @@ class Converter:
 
     def _call(self, call: Any, name: str) -> Any:
         full = str(call.op.name)
-        layer = name.partition(":")[0] if ":" in name else ""
+        layer, name = layer_and_name(name)
         if full in ("relax.ones", "relax.zeros"):
             value = np.asarray(1.0 if full.endswith("ones") else 0.0, "float32")
             scalar, shape = self.builder.const(value), shape_of(call)

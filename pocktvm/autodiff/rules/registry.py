@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from types import FunctionType
 from typing import Any
 
-from pocktvm.autodiff.ops import NAMES, PREFIX, Emitter, Expr
+from pocktvm.autodiff.ops import NAMES, PREFIX, Emitter, Expr, layer_and_name
 from pocktvm.tvm_api import relax
 
 Partial = "Expr | None | Callable[[], Expr]"
@@ -43,11 +43,6 @@ def ensure_registered(relax_name: str) -> None:
     _register(relax_name)
 
 
-def layer_of(name: str) -> str:
-    """The layer a variable is named after."""
-    return name.partition(":")[0] if ":" in name else ""
-
-
 @contextmanager
 def needing(names: frozenset[str]) -> Iterator[None]:
     """While open, rules write the gradients of these variables and no others."""
@@ -74,7 +69,7 @@ def _register(full_name: str) -> None:
         wanted = [_needs(a) for a in call.args]
         partials: Sequence[Any] = [None] * len(call.args)
         if any(wanted):
-            e = Emitter(builder, layer_of(var.name), "_grad")
+            e = Emitter(builder, layer_and_name(var.name)[0], "_grad")
             partials = RULES[name](call, var, dout, e)
         return [
             (p() if isinstance(p, FunctionType) else p)
