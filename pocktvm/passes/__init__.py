@@ -18,12 +18,14 @@ from pocktvm.passes.fuse import fuse
 from pocktvm.passes.order import order
 from pocktvm.passes.scale_grads import scale_grads
 from pocktvm.passes.simplify import simplify
+from pocktvm.passes.sink_slices import sink_slices
 
 Pass = Callable[[Graph], Graph]
 
 PIPELINE: tuple[Pass, ...] = (
     simplify,
     fold_constants,
+    sink_slices,
     fold_scales,
     simplify,
     scale_grads,

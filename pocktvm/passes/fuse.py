@@ -190,20 +190,20 @@ class Fuser:
             if other.place < group.place:
                 continue
             ready = all(
-                self._can_hoist(g, group.place)
-                for g in self._operand_groups(other)
-                if g is not group
+                self._can_hoist(g, group) for g in self._operand_groups(other) if g is not group
             )
             alike = other.elementwise and other.shape == group.shape
             if ready and alike and self._all_read_by(other, late):
                 joining.append(other)
-            elif not self._can_hoist(other, group.place):
+            elif not self._can_hoist(other, group):
                 return None
         return None if self._too_wide([group, late, *joining]) else joining
 
-    def _can_hoist(self, group: Group, place: float, depth: int = 6) -> bool:
-        """True for a group that runs before `place`, or can: small or a view, operands too."""
-        if group.place < place:
+    def _can_hoist(self, group: Group, ahead_of: Group, depth: int = 6) -> bool:
+        """True for a group that runs before another, or can: small or a view, operands too."""
+        if group is ahead_of:
+            return False
+        if group.place < ahead_of.place:
             return True
         cheap = all(
             self.nodes[m].op in VIEWS
@@ -213,7 +213,7 @@ class Fuser:
         return (
             cheap
             and depth > 0
-            and all(self._can_hoist(g, place, depth - 1) for g in self._operand_groups(group))
+            and all(self._can_hoist(g, ahead_of, depth - 1) for g in self._operand_groups(group))
         )
 
     def _hoist(self, group: Group, place: float) -> None:
