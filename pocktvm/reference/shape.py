@@ -42,7 +42,7 @@ def _picked(node: Node, shape: Sequence[int]) -> tuple[Tensor, ...]:
     strides = node.attrs.get("strides") or (1,) * rank
     bounds = zip(node.attrs["begin"], node.attrs["end"], strides, shape, strict=True)
     picked = [np.arange(n)[slice(b, e, s)] for b, e, s, n in bounds]
-    return tuple(torch.from_numpy(i) for i in np.ix_(*picked))
+    return tuple(torch.from_numpy(i.copy()) for i in np.ix_(*picked))
 
 
 @reference("strided_slice")

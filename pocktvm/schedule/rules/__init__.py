@@ -9,9 +9,12 @@ from pocktvm.schedule.rules.conv_weight_grad import ConvWeightGrad
 from pocktvm.schedule.rules.cross_entropy import CrossEntropy, CrossEntropyGrad
 from pocktvm.schedule.rules.depthwise import DepthwiseConv, DepthwiseInputGrad, DepthwiseWeightGrad
 from pocktvm.schedule.rules.elementwise import Elementwise
+from pocktvm.schedule.rules.embedding import Take, TakeGrad
 from pocktvm.schedule.rules.fallback import Fallback
 from pocktvm.schedule.rules.matmul import Matmul
+from pocktvm.schedule.rules.movement import Movement
 from pocktvm.schedule.rules.reduce import Reduce
+from pocktvm.schedule.rules.rows import RowOperators
 
 RULES: tuple[Rule, ...] = (
     Elementwise(),
@@ -25,5 +28,9 @@ RULES: tuple[Rule, ...] = (
     ConvWeightGrad(),
     CrossEntropy(),
     CrossEntropyGrad(),
+    RowOperators(),
+    Take(),
+    TakeGrad(),
+    Movement(),
     Fallback(),
 )

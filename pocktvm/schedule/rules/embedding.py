@@ -1,0 +1,140 @@
+"""Reading rows of a table by index, and adding gradients back to them.
+
+The table is [outer, V, inner] around the axis, the indices are flat. Adding is done by one task a
+block of columns, in the order of the indices: the same bits with any number of threads. An index
+out of range is clamped, so that a wrong label cannot write past the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pocktvm.schedule.emit import Context, build, const, load, store, vector_loop
+from pocktvm.schedule.loops import ceil_div, grid, tile_at, worth_threads
+from pocktvm.schedule.rule import Emitted, Knob, Task
+from pocktvm.schedule.strided_copy import WIDE, fill
+from pocktvm.tvm_api import T, tirx
+
+Expr = Any
+BLOCK = 64  # columns of one task
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Shapes around the axis of a table."""
+
+    outer: int
+    length: int
+    inner: int
+    count: int  # indices
+    mode: str
+
+    def row(self, index: Expr) -> Expr:
+        """An index inside the table."""
+        last, zero = tirx.const(self.length - 1, "int32"), tirx.const(0, "int32")
+        if self.mode == "wrap":
+            return T.bind(tirx.FloorMod(index, tirx.const(self.length, "int32")))
+        return T.bind(tirx.Max(tirx.Min(index, last), zero))
+
+
+def _table(task: Task, table: str) -> _Table:
+    shape, attrs = task.shape(table), task.node.attrs
+    axis = int(attrs.get("axis") or 0) % len(shape)
+    count = task.values[task.node.inputs[1]].size
+    outer, inner = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
+    return _Table(outer, shape[axis], inner, count, str(attrs.get("mode")))
+
+
+def _decline(task: Task, op: str) -> str | None:
+    node = task.node
+    if node.op != op:
+        return f"not {op}"
+    if task.values[node.inputs[1]].dtype != "int32":
+        return f"indices of {task.values[node.inputs[1]].dtype}"
+    if any(task.values[n].size == 0 for n in (*node.inputs, *node.outputs)):
+        return "an empty tensor"
+    return None
+
+
+class Take:
+    """y[o, i, :] = table[o, indices[i], :]."""
+
+    name = "take"
+
+    def decline(self, task: Task) -> str | None:
+        """Declines groups and indices that are not int32."""
+        return _decline(task, "take")
+
+    def knobs(self, task: Task) -> Mapping[str, Knob]:
+        """None."""
+        return {}
+
+    def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
+        """One row copy an index."""
+        node, isa = task.node, task.target.isa
+        t = _table(task, node.inputs[0])
+        lanes = isa.lanes if task.values[node.outputs[0]].dtype in WIDE else 1
+
+        def body(ctx: Context) -> None:
+            table, y = ctx.buffers[node.inputs[0]], ctx.buffers[node.outputs[0]]
+            parallel = worth_threads(isa, 8 * t.outer * t.count * t.inner)
+            for o, i in grid((t.outer, t.count), parallel):
+                row = t.row(ctx.load(node.inputs[1], i, 1))
+                source = T.bind((o * t.length + row) * t.inner)
+                goal = T.bind((o * t.count + i) * t.inner)
+                for c, w in vector_loop(t.inner, lanes, 2):
+                    store(y, goal + c, load(table, source + c, w), w)
+
+        return Emitted(build(task, body))
+
+
+class TakeGrad:
+    """dtable[o, indices[i], :] += dy[o, i, :], from zeros."""
+
+    name = "take_grad"
+
+    def decline(self, task: Task) -> str | None:
+        """Declines groups, indices that are not int32, gradients that are not float32."""
+        reason = _decline(task, "take_grad")
+        if reason is None and task.values[task.node.outputs[0]].dtype != "float32":
+            return "not float32"
+        return reason
+
+    def knobs(self, task: Task) -> Mapping[str, Knob]:
+        """None."""
+        return {}
+
+    def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
+        """Zeros everywhere, then rows in order, block of columns by block."""
+        node, isa = task.node, task.target.isa
+        t = _table(task, node.outputs[0])
+        skipped = node.attrs.get("padding_idx", -1)
+        skipped = -1 if skipped is None else int(skipped)
+        block = min(t.inner, BLOCK)
+
+        def body(ctx: Context) -> None:
+            dtable = ctx.buffers[node.outputs[0]]
+            fill(dtable, t.outer * t.length * t.inner, const(0.0), "float32", isa)
+            parallel = worth_threads(isa, 8 * t.outer * t.count * t.inner)
+            for o, b in grid((t.outer, ceil_div(t.inner, block)), parallel):
+                for column, width in tile_at(b, t.inner, block):
+                    with T.serial(0, t.count) as i:
+                        row = t.row(ctx.load(node.inputs[1], i, 1))
+                        if skipped < 0:
+                            add_row(ctx, o, i, row, column, width)
+                            continue
+                        with T.If(tirx.NE(row, tirx.const(skipped, "int32"))), T.Then():
+                            add_row(ctx, o, i, row, column, width)
+
+        def add_row(ctx: Context, o: Expr, i: Expr, row: Expr, column: Expr, width: int) -> None:
+            goal = T.bind((o * t.length + row) * t.inner + column)
+            source = T.bind((o * t.count + i) * t.inner + column)
+            for c, w in vector_loop(width, isa.lanes, 4):
+                total = ctx.load(node.outputs[0], goal + c, w)
+                total = total + ctx.load(node.inputs[0], source + c, w)
+                ctx.store(node.outputs[0], goal + c, total, w)
+
+        return Emitted(build(task, body))

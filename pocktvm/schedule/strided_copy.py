@@ -1,0 +1,126 @@
+"""Copies between two strided boxes: every operator that only moves data is one or a few of them.
+
+Slices, pads, concatenations, transposes and broadcasts differ in strides alone: a broadcast axis
+has source stride 0, a reversed one a negative stride. Axes that lie consecutively on both sides are
+merged; then the innermost one decides: contiguous on both sides, repeated, transposed, or scalar.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pocktvm.ir.target import Isa
+from pocktvm.schedule.emit import load, splat, store, vector_loop
+from pocktvm.schedule.loops import ceil_div, grid, tile_at, worth_threads, zero
+from pocktvm.schedule.transpose import Matrix, copy_transposed
+from pocktvm.tvm_api import T
+
+Expr = Any
+RUN = 4096  # elements of a contiguous run that one task takes
+WIDE = ("float32", "int32")  # what is moved as vectors; bytes are left to LLVM
+
+
+def row_major(shape: Sequence[int]) -> list[int]:
+    """The stride of every axis of a dense tensor."""
+    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+
+
+@dataclass(frozen=True)
+class Box:
+    """`extents` elements from source_at in steps of `source` to target_at in steps of `target`."""
+
+    extents: tuple[int, ...]
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+    source_at: int = 0
+    target_at: int = 0
+
+    def merged(self) -> Box:
+        """The same copy with as few axes as can be."""
+        axes: list[tuple[int, int, int]] = []
+        for extent, s, t in zip(self.extents, self.source, self.target, strict=True):
+            if extent == 1:
+                continue
+            if axes and axes[-1][1] == extent * s and axes[-1][2] == extent * t:
+                axes[-1] = (axes[-1][0] * extent, s, t)
+            else:
+                axes.append((extent, s, t))
+        extents, source, target = zip(*axes, strict=True) if axes else ((1,), (1,), (1,))
+        return Box(extents, source, target, self.source_at, self.target_at)
+
+
+def copy_box(box: Box, source: Any, target: Any, dtype: str, isa: Isa) -> None:
+    """Emit the copy."""
+    if math.prod(box.extents) == 0:
+        return
+    box = box.merged()
+    parallel = worth_threads(isa, 4 * math.prod(box.extents))
+    lanes = isa.lanes if dtype in WIDE else 1
+    inner = transposed_axis(box) if lanes > 1 else None
+    if inner is not None:
+        _transposed(box, inner, source, target, parallel)
+        return
+    extent, step, goal_step = box.extents[-1], box.source[-1], box.target[-1]
+    dense = goal_step == 1 and step in (0, 1)
+    block = min(extent, RUN)
+    for *indices, run in grid((*box.extents[:-1], ceil_div(extent, block)), parallel):
+        place = _offset(box.source_at, indices, box.source)
+        goal = _offset(box.target_at, indices, box.target)
+        for start, count in tile_at(run, extent, block):
+            if not dense:
+                with T.serial(0, count) as i:
+                    value = load(source, place + (start + i) * step, 1)
+                    store(target, goal + (start + i) * goal_step, value, 1)
+                continue
+            for i, w in vector_loop(count, lanes, 2):
+                if step == 0:
+                    value = splat(load(source, place, 1), w)
+                else:
+                    value = load(source, place + start + i, w)
+                store(target, goal + start + i, value, w)
+
+
+def transposed_axis(box: Box) -> int | None:
+    """The axis that is contiguous in the source, when another one is in the target."""
+    if box.target[-1] != 1 or box.source[-1] in (0, 1) or box.extents[-1] < 4:
+        return None
+    found = [i for i, s in enumerate(box.source[:-1]) if s == 1 and box.extents[i] >= 4]
+    return found[0] if found else None
+
+
+def _transposed(box: Box, inner: int, source: Any, target: Any, parallel: bool) -> None:
+    """Rows of the source run along `inner`, rows of the target along the last axis."""
+    last = len(box.extents) - 1
+    lead = [i for i in range(last) if i != inner]
+    rows, block = box.extents[last], min(box.extents[last], 16)
+    extents = [*(box.extents[i] for i in lead), ceil_div(rows, block)]
+    for *indices, b in grid(extents, parallel):
+        place = _offset(box.source_at, indices, [box.source[i] for i in lead])
+        goal = _offset(box.target_at, indices, [box.target[i] for i in lead])
+        for row, count in tile_at(b, rows, block):
+            copy_transposed(
+                Matrix(source, place + row * box.source[last], box.source[last]),
+                Matrix(target, goal + row, box.target[inner]),
+                count,
+                box.extents[inner],
+            )
+
+
+def _offset(start: int, indices: Sequence[Expr], strides: Sequence[int]) -> Expr:
+    offset: Expr = zero() + start
+    for index, stride in zip(indices, strides, strict=False):
+        offset = offset + index * stride
+    return offset
+
+
+def fill(buffer: Any, size: int, value: Expr, dtype: str, isa: Isa) -> None:
+    """Every element of a buffer."""
+    lanes = isa.lanes if dtype in WIDE else 1
+    block = min(size, RUN)
+    for (run,) in grid((ceil_div(size, block),), worth_threads(isa, 4 * size)):
+        for start, count in tile_at(run, size, block):
+            for i, w in vector_loop(count, lanes, 2):
+                store(buffer, start + i, splat(value, w), w)
