@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from pocktvm.manifest import read_manifest
 
+pytestmark = pytest.mark.build
 ROOT = Path(__file__).parent.parent
 BATCH, SAMPLES = 8, 19
 QEMU = pytest.mark.skipif(
