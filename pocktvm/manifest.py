@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import platform
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,13 +85,23 @@ def manifest_inputs(manifest: Mapping[str, Any]) -> list[Input]:
     ]
 
 
+_MACHINES = {"arm64": "aarch64", "amd64": "x86_64", "armv7l": "arm"}
+
+
+def runs_here(manifest: Mapping[str, Any]) -> bool:
+    """Whether this machine can load the artifact's library itself, as the device does."""
+    machine = platform.machine().lower()
+    same = manifest.get("arch", "") == _MACHINES.get(machine, machine)
+    return bool(same and manifest.get("os") == platform.system().lower())
+
+
 def emulator_of(manifest: Mapping[str, Any]) -> list[str]:
     """The command prefix the target's programs need on this machine; empty where native.
 
     PockError when the emulator or its library folder is not installed.
     """
     command = [str(part) for part in manifest.get("emulator") or ()]
-    if not command:
+    if not command or runs_here(manifest):
         return []
     target = manifest["target"]
     hint = (

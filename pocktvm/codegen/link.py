@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from pocktvm.ir.target import Toolchain
 C_FOLDER = Path(__file__).parent.parent / "runtime" / "c"
 RUNTIME = ("runtime", "threads", "checkpoint", "safetensors", "inputs", "kernel_abi", "process")
 RUNNER = ("main", "train", "source", "generate", "selftest", "serve", "library", "json")
+_NEARLY_FULL_BYTES = 30_000_000
 _FLAGS = (
     "-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-g0",
     "-fno-sanitize=all", "-D_FILE_OFFSET_BITS=64", "-Wall", "-Wextra",
@@ -35,8 +37,13 @@ def is_mach_o(toolchain: Toolchain) -> bool:
 
 def cache_folder() -> Path:
     """Where objects that do not depend on the model are kept ($POCKTVM_CACHE)."""
-    root = os.environ.get("POCKTVM_CACHE") or Path.home() / ".cache" / "pocktvm"
-    return Path(root) / "runtime"
+    folder = Path(os.environ.get("POCKTVM_CACHE") or Path.home() / ".cache" / "pocktvm") / "runtime"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written, as in some containers
+        folder = Path(tempfile.gettempdir()) / f"pocktvm-{os.getuid()}" / "runtime"
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def zig(arguments: Sequence[str | Path], what: str) -> None:
@@ -45,14 +52,34 @@ def zig(arguments: Sequence[str | Path], what: str) -> None:
     with tempfile.TemporaryDirectory(prefix="pocktvm-zig-") as local:
         # zig would keep a copy of every object of every model in its cache
         environment = {**os.environ, "ZIG_LOCAL_CACHE_DIR": local}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        # restore_signals=False: a file size limit is then an error that zig can report
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, restore_signals=False
+        )
     if done.returncode == 0:
         return
     if "No module named ziglang" in done.stderr:
         raise PockError("the linker is missing: pip install ziglang==0.17.1")
-    if "NoSpaceLeft" in done.stderr or "No space left" in done.stderr:
-        raise PockError(f"the disk is full while zig makes {what}; free some space and try again")
+    # zig maps its output, so a full disk kills it without a word
+    for folder in (tempfile.gettempdir(), cache_folder(), *_folders_of(arguments), Path.home()):
+        free = shutil.disk_usage(folder).free if Path(folder).is_dir() else _NEARLY_FULL_BYTES
+        if free < _NEARLY_FULL_BYTES or "NoSpaceLeft" in done.stderr:
+            raise PockError(
+                f"the disk is full: {free / 1e6:.1f} MB are free on {_disk(folder)}, and {what} "
+                "could not be made.\n  Free some space and build again."
+            )
     raise InternalError(f"zig failed on {what}:\n{' '.join(command)}\n{done.stderr[-4000:]}")
+
+
+def _disk(folder: str | Path) -> Path:
+    path = Path(folder).absolute()
+    while not path.is_mount():
+        path = path.parent
+    return path
+
+
+def _folders_of(arguments: Sequence[str | Path]) -> list[Path]:
+    return [Path(arguments[i + 1]).parent for i, a in enumerate(arguments[:-1]) if a == "-o"]
 
 
 def target_flags(toolchain: Toolchain) -> list[str]:

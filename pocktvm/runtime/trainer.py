@@ -7,7 +7,6 @@ target's emulator, behind a pipe, with the same methods and the same numbers.
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 
 from pocktvm.errors import PockError
 from pocktvm.ir.model import Input
-from pocktvm.manifest import check_files, emulator_of, manifest_inputs, read_manifest
+from pocktvm.manifest import check_files, emulator_of, manifest_inputs, read_manifest, runs_here
 from pocktvm.runtime.backend import (
     FLOAT32,
     INT32,
@@ -211,13 +210,3 @@ def _batch_hint(given: tuple[int, ...], wanted: tuple[int, ...]) -> str:
     if wanted and given[1:] == wanted[1:]:
         return f"\n  The batch is fixed at build: give {wanted[0]} samples, or build with another."
     return ""
-
-
-_MACHINES = {"arm64": "aarch64", "amd64": "x86_64"}
-
-
-def runs_here(manifest: Mapping[str, Any]) -> bool:
-    """Whether this machine can load the artifact's library itself."""
-    machine = platform.machine().lower()
-    same = manifest.get("arch", "") == _MACHINES.get(machine, machine)
-    return bool(same and manifest.get("os") == platform.system().lower())

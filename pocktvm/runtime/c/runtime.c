@@ -78,6 +78,9 @@ static int open_arena(pocktvm *m, const pocktvm_options *options) {
   if (data == MAP_FAILED)
     return pk_fail(m, POCKTVM_NO_MEMORY, "cannot map the arena of %lld bytes: %s; build with a "
                    "smaller --batch or a --budget", (long long)need, strerror(errno));
+#ifdef MADV_HUGEPAGE
+  madvise(data, (size_t)need, MADV_HUGEPAGE); /* advice only; fewer TLB misses where it is taken */
+#endif
   m->arena = data;
   m->mapped_bytes = need;
   return POCKTVM_OK;

@@ -56,6 +56,7 @@ static int refuse_column(const pk_source *source, const st_tensor *tensor,
 static int add_column(pk_source *source, int32_t i) {
   const pocktvm_input *input = &source->plan->inputs[i];
   const st_tensor *tensor = st_find(&source->file, input->name);
+  if (!tensor && input->is_label) tensor = st_find(&source->file, "y"); /* labels go by both */
   if (!tensor) {
     char keys[512] = "";
     for (size_t k = 0; k < source->file.n_tensors && strlen(keys) < 400; k++)
