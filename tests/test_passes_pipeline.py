@@ -108,7 +108,18 @@ def random_graph(draw):
     updates = {}
     if w is not None:
         dw = b.conv(x, last, op="conv2d_weight_grad", shape=b.values[w].shape, pad=1)
-        updates[w] = b.op("subtract", w, b.op("multiply", dw, b.scalar("lr")))
+        lr = b.scalar("lr")
+        state = b.param(*b.values[w].shape, name=f"momentum/{w}", kind="optimizer")
+        updates[state] = b.op("add", b.op("multiply", state, b.const(np.float32(0.9))), dw)
+        step = b.op("multiply", updates[state], lr)
+        updates[w] = b.op("subtract", w, step)
+        # a reader of the old weight behind the update, and an update that depends on it
+        dx = b.conv(last, w, op="conv2d_input_grad", shape=(n, c, 4, 4), pad=1)
+        if draw(st.booleans()):
+            dx = b.op("multiply", dx, b.op("sum", step, shape=(), axes=(0, 1, 2, 3)))
+        bias = b.param(c, name="bias")
+        db = b.op("sum", dx, shape=(c,), axes=(0, 2, 3))
+        updates[bias] = b.op("subtract", bias, b.op("multiply", db, lr))
     return b.graph(updates, loss=total, output=last)
 
 
