@@ -75,6 +75,20 @@ def test_cross_entropy_reads_the_class_axis_1_at_any_rank():
     check(module, torch.randn(2, 3, 4, 3), "cross_entropy", F.cross_entropy, classes(2, 4, 3))
 
 
+def test_language_models_logits_are_not_permuted():
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.head(x).transpose(1, 2)
+
+    torch.manual_seed(0)
+    step = check(Decoder(), torch.randn(2, 3, 6), "cross_entropy", F.cross_entropy, classes(2, 3))
+    assert count(step, "permute_dims") == 0
+
+
 def test_loss_none_takes_no_labels():
     class Own(nn.Module):
         def __init__(self):

@@ -116,6 +116,21 @@ def test_a_tensor_without_influence_stays_as_it_is():
         build(Unused(), x, "mse", ["b.weight"])
 
 
+def test_slices_that_cover_a_tensor_give_one_concat():
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(4, 12)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).split(4, -1)
+            return q * k + v
+
+    torch.manual_seed(1)
+    step = check(Fused(), torch.randn(2, 5, 4))
+    assert (count(step, "concat"), count(step, "strided_slice_grad")) == (1, 0)
+
+
 def test_names_agree_between_programs():
     """Constants and the forward's values carry the same names in step and predict."""
     _, step, predict = build(convolutions(2), X, "cross_entropy", ["1.0.weight"])

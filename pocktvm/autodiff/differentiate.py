@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pocktvm.autodiff.join_slices import join_slices
 from pocktvm.autodiff.losses import Loss
 from pocktvm.autodiff.ops import PREFIX, dtype_of, layer_and_name
 from pocktvm.autodiff.optimizers import Optimizer
@@ -57,6 +58,7 @@ def _step(
     converter = Converter(builder, _sources(builder, model, prepared, function, trained))
     forward_end = prepared.module[ENTRY].body.body.name
     loss, gradients = converter.run(function, forward_end)
+    builder.nodes = join_slices(builder.nodes, builder.values)
     updates = optimizer.apply(builder, dict(zip(trained, gradients, strict=True)))
     return builder.graph({"loss": loss}, updates)
 

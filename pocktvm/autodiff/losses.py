@@ -104,12 +104,31 @@ def _mean(e: Emitter, x: Expr) -> Expr:
 def _cross_entropy(e: Emitter, output: Expr, y: Expr, options: Mapping[str, Any]) -> Expr:
     weight = options["weight"]
     extra = [] if weight is None else [constant(weight, "float32")]
-    attrs = {
-        "axis": class_axis(shape_of(output)),
+    output, y, axis = _rows_of_classes(e, output, y)
+    attrs: dict[str, Any] = {
+        "axis": axis,
         "label_smoothing": float(options["label_smoothing"]),
         "ignore_index": int(options["ignore_index"]),
     }
     return e.op("cross_entropy", output, y, *extra, shape=(), **attrs)
+
+
+def _rows_of_classes(e: Emitter, output: Expr, y: Expr) -> tuple[Expr, Expr, int]:
+    """Logits, labels, class axis. A permutation that only moved the classes from the last axis to
+    axis 1, where torch wants them (language models), is taken back: rows are read in memory's
+    order, and the logits are neither copied nor their gradient permuted."""
+    axis = class_axis(shape_of(output))
+    moved = e.call_of(output, "permute_dims")
+    if moved is None:
+        return output, y, axis
+    axes = moved.attrs["axes"]
+    others = [a for i, a in enumerate(axes) if i != axis]
+    if axes[axis] != len(axes) - 1 or others != sorted(others):
+        return output, y, axis
+    logits = moved.args[0]
+    classes = shape_of(logits)[-1]
+    rows = math.prod(shape_of(logits)[:-1])
+    return e.reshape(logits, (rows, classes)), e.reshape(y, (rows,)), 1
 
 
 def _bce_with_logits(e: Emitter, output: Expr, y: Expr, options: Mapping[str, Any]) -> Expr:

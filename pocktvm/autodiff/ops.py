@@ -342,8 +342,8 @@ class Emitter:
         """The product over the last two axes, either operand transposed; equal batch axes."""
         (*batch, m, _), (*other, _, n) = _flip(shape_of(a), ta), _flip(shape_of(b), tb)
         assert batch == other or not other, (shape_of(a), shape_of(b))
-        attrs = {"transpose_a": ta, "transpose_b": tb}
-        return self.op("matmul", a, b, shape=(*batch, m, n), **attrs)
+        shape = (*batch, m, n)
+        return self.op("matmul", a, b, shape=shape, transpose_a=ta, transpose_b=tb)
 
 
 def _flip(shape: Shape, transpose: bool) -> Shape:

@@ -107,7 +107,7 @@ class Optimizer:
         return dict(vars(self))
 
     def __str__(self) -> str:
-        defaults = vars(type(self)())
+        defaults = vars(KINDS[self.name][0]())
         changed = {k: v for k, v in vars(self).items() if v != defaults[k] and k != "lr"}
         text = ",".join(f"{k}={_shown(v)}" for k, v in changed.items())
         return f"{self.name}:{text}" if text else self.name

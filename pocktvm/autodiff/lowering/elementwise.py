@@ -209,7 +209,7 @@ def _softplus(args: Sequence[Expr], e: Emitter) -> Expr | None:
     quotient = e.call_of(other, "divide")
     log = e.call_of(quotient.args[0] if quotient else other, "log")
     total = log and e.call_of(log.args[0], "add")
-    if threshold is None or not total:
+    if above is None or threshold is None or not total:
         return None
     exp = e.call_of(total.args[0], "exp") or e.call_of(total.args[1], "exp")
     one = scalar_value(total.args[1]) == 1.0 or scalar_value(total.args[0]) == 1.0

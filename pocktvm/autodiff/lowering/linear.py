@@ -38,10 +38,9 @@ def product(a: Expr, b: Expr, e: Emitter) -> Expr:
         b = e.reshape(b, (*shape_of(b), 1))
     ranks = len(shape_of(a)), len(shape_of(b))
     if ranks[1] == 2 and ranks[0] > 2:
-        *batch, m, k = shape_of(a)
-        rows = e.reshape(a, (prod(batch) * m, k))
-        y = product(rows, b, e)
-        return e.reshape(y, (*batch, m, shape_of(y)[-1]))
+        lead, k = shape_of(a)[:-1], shape_of(a)[-1]
+        y = product(e.reshape(a, (prod(lead), k)), b, e)
+        return e.reshape(y, (*lead, shape_of(y)[-1]))
     (a, ta), (b, tb) = _untransposed(a, e), _untransposed(b, e)
     batch = np.broadcast_shapes(shape_of(a)[:-2], shape_of(b)[:-2])
     if ranks != (2, 2):

@@ -87,7 +87,7 @@ def _unit_rms(y: Expr, e: Emitter) -> tuple[Expr, float] | None:
             continue
         eps, mean = scalar_value(total.args[1]), e.call_of(total.args[0], "mean")
         square = mean and e.call_of(mean.args[0], "square", "multiply")
-        if eps is None or not square or not all(s.same_as(x) for s in square.args):
+        if eps is None or not mean or not square or not all(s.same_as(x) for s in square.args):
             continue
         if mean.attrs["axes"] == (len(shape_of(x)) - 1,):
             return x, eps

@@ -71,7 +71,8 @@ def adaptive_avg_pool(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
         return e.reshape(e.reduce("mean", x, (2, 3), keepdims=True), shape_of(call))
     if all(n % o == 0 for n, o in zip(size, out, strict=True)):
         pool = tuple(n // o for n, o in zip(size, out, strict=True))
-        attrs = {"pool": pool, "strides": pool, "padding": (0, 0, 0, 0), "dilation": (1, 1)}
+        attrs: dict[str, Any] = {"pool": pool, "strides": pool, "dilation": (1, 1)}
+        attrs |= {"padding": (0, 0, 0, 0)}
         attrs |= {"layout": "NCHW", "count_include_pad": False}
         y = e.op("avg_pool2d", x, shape=(*shape_of(x)[:2], *out), **attrs)
         return e.reshape(y, shape_of(call))
@@ -103,6 +104,9 @@ def resize2d(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
         raise PockError(
             f"upsampling of layer '{e.layer}' by '{method}'; pocktvm has nearest and bilinear."
         )
-    attrs = {"method": "linear" if method == "linear" else "nearest", "layout": "NCHW"}
+    attrs: dict[str, Any] = {
+        "method": "linear" if method == "linear" else "nearest",
+        "layout": "NCHW",
+    }
     attrs["align_corners"] = mode == "align_corners"
     return e.op("resize2d", args[0], shape=shape_of(call), **attrs)
