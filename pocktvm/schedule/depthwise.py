@@ -20,7 +20,7 @@ from pocktvm.schedule.window import Axis, Run, tiles
 from pocktvm.tvm_api import T, tirx
 
 Expr = Any
-CODE_LIMIT = 1500  # multiply-adds written out for one row
+CODE_LIMIT = 900  # multiply-adds written out for one row
 Vectors = Sequence[tuple[int, int]]
 
 

@@ -41,8 +41,8 @@ def choose_tile(grad: WeightGrad, isa: Isa) -> Tile:
     kh, kw = grad.dw_shape[:2]
     room = max(1, isa.vector_registers - 4)
     lines = max(1, min(kh, room // kw))
-    have = max(1, -(-grad.dw_shape[3] // isa.lanes))
-    return Tile(4, max(1, min(have, 2, room // (lines * kw))), lines)
+    pair = grad.dw_shape[3] % (2 * isa.lanes) == 0 and 2 * lines * kw <= room
+    return Tile(4, 2 if pair else 1, lines)
 
 
 def emit_depthwise_weight_grad(ctx: Context, grad: WeightGrad, tile: Tile) -> None:
@@ -50,8 +50,11 @@ def emit_depthwise_weight_grad(ctx: Context, grad: WeightGrad, tile: Tile) -> No
     channels, taps = grad.dw_shape[3], grad.dw_shape[0] * grad.dw_shape[1]
     block = tile.vectors * ctx.lanes
     fit = max(1, PARTIAL_BYTES // (4 * taps) // block)
-    even = -(-channels // block) // (2 * ctx.task.target.isa.cores)
-    part = min(channels, max(1, min(fit, even)) * block)
+    blocks = -(-channels // block)
+    share = max(1, min(fit, blocks // (2 * ctx.task.target.isa.cores)))
+    # A share that divides the blocks leaves no shorter last part, which would be written out too.
+    share = max(s for s in range(1, share + 1) if blocks % s == 0 or s == 1)
+    part = min(channels, share * block)
     parts = -(-channels // part)
     with outer(parts, 2 * grad.macs) as f:
         last(f, parts, part, channels,

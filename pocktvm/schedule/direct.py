@@ -8,8 +8,8 @@ value is one broadcast (or one lane) for all its vectors.
 - A tile's pixels are neighbours in a row, of one image or of several: small maps fill their tile
   with images, so that all pixels of a tile always see the same kernel rows. Which rows those are is
   a loop bound; which columns is known at build time, and border tiles are written out.
-- Where the columns' cases would be too much code (large dilated kernels), a tile is one column with
-  a loop bound as well.
+- Where the border columns would be too much code (large or dilated kernels), each is a tile of its
+  own, with loop bounds as well.
 - One parallel loop runs over row units x channel panels: panels innermost while the weights fit in
   the second-level cache, rows innermost when they do not.
 """
@@ -29,7 +29,7 @@ from pocktvm.schedule.window import Axis, Run, tiles
 from pocktvm.tvm_api import T, tirx
 
 Expr = Any
-CODE_LIMIT = 2500  # multiply-adds written out: about a second of LLVM
+CODE_LIMIT = 1500  # multiply-adds written out: about a second of LLVM
 
 
 @dataclass(frozen=True)
@@ -180,11 +180,14 @@ class _Row:
         bounds = rows.bounds(self.q)
         vectors = emit.vectors(width, self.ctx.lanes)
         runs = tiles(columns, self.tile.pixels)
-        if _code(runs, self.tile, len(vectors)) * len(self.conv.phases) > CODE_LIMIT:
-            one = Run(0, 1, 1, ((0,),) * columns.taps)
-            with T.serial(0, columns.out) as x:
-                self.block(rows, columns, bounds, one, x, vectors, columns.bounds(x))
-            return
+        if self.code(columns, runs, len(vectors)) * len(self.conv.phases) > CODE_LIMIT:
+            lo, hi = columns.interior
+            for start, stop in [(0, lo), (hi, columns.out)] if hi else [(0, columns.out)]:
+                if stop > start:
+                    with T.serial(start, stop) as x:
+                        one = Run(0, 1, 1, ((0,),) * columns.taps)
+                        self.block(rows, columns, bounds, one, x, vectors, columns.bounds(x))
+            runs = tiles(columns, self.tile.pixels, inside=True)
         for run in runs:
             if run.count == 1:
                 at = tirx.const(run.start, "int32")
@@ -193,6 +196,31 @@ class _Row:
             with T.serial(0, run.count) as t:
                 x = T.bind(t * run.width + run.start)
                 self.block(rows, columns, bounds, run, x, vectors, None)
+
+    def code(self, columns: Axis, runs: Sequence[Run], vectors: int) -> int:
+        """Multiply-adds written out for a row of one phase."""
+        depth, total = self.conv.depth, 0
+        for run in runs:
+            if run.whole:
+                total += run.width * self.written(depth * columns.taps)
+            else:
+                total += sum(len(p) for p in run.pixels) * self.written(depth)
+        return total * self.tile.images * vectors
+
+    def written(self, count: int) -> int:
+        """Values of k written out for a sum of `count`; the rest is a loop."""
+        unroll = self.unroll
+        return count if count // unroll <= 2 else unroll + count % unroll
+
+    @property
+    def unroll(self) -> int:
+        """Values of k taken at a time."""
+        return 4 if self.by_lane else self.tile.unroll
+
+    @property
+    def by_lane(self) -> bool:
+        """Multiply by one lane of four source values, where the target has such an instruction."""
+        return self.ctx.task.target.isa.lane_fma and self.ctx.lanes == 4
 
     def block(
         self, rows: Axis, columns: Axis, bounds: tuple[Expr, Expr], run: Run, x: Expr,
@@ -267,9 +295,10 @@ class _Dot:
         """A loop over `count` consecutive source values, for the chosen pixels."""
         if not chosen:
             return
-        lane = self.row.ctx.task.target.isa.lane_fma and self.row.ctx.lanes == 4
-        step: Callable[[Expr, Expr, Sequence[int]], None] = self.lanes if lane else self.scalars
-        unroll = 4 if lane else self.row.tile.unroll
+        unroll = self.row.unroll
+        step: Callable[[Expr, Expr, Sequence[int]], None] = self.scalars
+        if self.row.by_lane:
+            step = self.lanes
         whole = count // unroll
         if whole <= 2:
             for k in range(whole):
@@ -313,10 +342,3 @@ class _Dot:
 def _lane(vector: Expr, lane: int, width: int) -> Expr:
     return tirx.Shuffle([vector], [lane] * width) if width > 1 else tirx.Shuffle([vector], [lane])
 
-
-def _code(runs: Sequence[Run], tile: Tile, vectors: int) -> int:
-    """Multiply-adds written out for a row."""
-    unit = tile.images * vectors * tile.unroll
-    return sum(
-        run.width * unit if run.whole else sum(len(p) for p in run.pixels) * unit for run in runs
-    )

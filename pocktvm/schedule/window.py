@@ -111,13 +111,14 @@ class Run:
         return all(len(p) == self.width for p in self.pixels)
 
 
-def tiles(axis: Axis, widest: int) -> list[Run]:
-    """Cover the outputs of an axis with tiles of at most `widest`, as even as can be."""
-    count = -(-axis.out // widest)
-    width = -(-axis.out // max(1, count))
+def tiles(axis: Axis, widest: int, inside: bool = False) -> list[Run]:
+    """Cover the outputs of an axis with tiles of at most `widest`, as even as can be; `inside`:
+    only those that see every tap."""
+    lo, hi = axis.interior if inside else (0, axis.out)
+    width = max(1, -(-(hi - lo) // max(1, -(-(hi - lo) // widest))))
     runs: list[Run] = []
-    for start in range(0, axis.out, max(1, width)):
-        w = min(width, axis.out - start)
+    for start in range(lo, hi, width):
+        w = min(width, hi - start)
         pixels = tuple(
             tuple(r for r in range(w) if axis.valid(start + r, tap)) for tap in range(axis.taps)
         )

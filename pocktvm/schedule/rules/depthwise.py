@@ -52,9 +52,12 @@ class DepthwiseConv:
         return Depthwise(*node.inputs, node.outputs[0], x, y, (w[0], w[1]), ((rows, columns),))
 
     def tile(self, task: Task) -> Tile:
-        """2 pixels x 2 vectors on wide maps, 8 x 1 on narrow ones (measured on AVX2)."""
+        """8 pixels of one vector share the weights; strides share less, wide maps are bound by
+        memory (measured with AVX2 and AVX-512)."""
         conv = self.describe(task)
-        return fit_tile(task, conv, (2, 2) if conv.result_shape[2] >= 32 else (8, 1))
+        if conv.phases[0][1].step == 1:
+            return fit_tile(task, conv, (8, 1))
+        return fit_tile(task, conv, (2, 2) if conv.result_shape[2] >= 32 else (4, 1))
 
 
 class DepthwiseInputGrad(DepthwiseConv):
@@ -72,10 +75,10 @@ class DepthwiseInputGrad(DepthwiseConv):
         return Depthwise(*node.inputs, node.outputs[0], dy, dx, (w[0], w[1]), phases)
 
     def tile(self, task: Task) -> Tile:
-        """1 pixel x 4 vectors on wide maps and for phases, 4 x 2 on narrow ones (AVX2)."""
+        """8 pixels of one vector; 3 x 2 for phases of wide maps."""
         conv = self.describe(task)
-        wide = conv.result_shape[2] >= 16 or len(conv.phases) > 1
-        return fit_tile(task, conv, (1, 4) if wide else (4, 2))
+        phases = len(conv.phases) > 1 and conv.result_shape[2] >= 32
+        return fit_tile(task, conv, (3, 2) if phases else (8, 1))
 
 
 def decline_groups(task: Task, channels: int, other: str) -> str | None:
