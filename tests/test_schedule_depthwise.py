@@ -11,7 +11,7 @@ from pocktvm.schedule.rules.depthwise import DepthwiseConv, DepthwiseInputGrad, 
 # n, h, w, channels, kernel, stride, padding (t,l,b,r), dilation
 SHAPES = [
     (2, 8, 8, 32, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
-    (1, 9, 35, 37, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
+    (1, 5, 35, 21, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
     (2, 12, 12, 19, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1)),
     (1, 11, 10, 16, (5, 5), (2, 2), (2, 2, 2, 2), (1, 1)),
     (2, 7, 7, 13, (7, 7), (1, 1), (3, 3, 3, 3), (1, 1)),
@@ -21,7 +21,7 @@ SHAPES = [
 ]
 TARGETS = [(16, False), (8, False), (4, True), (1, False)]
 CASES = [(s, TARGETS[i % 4]) for i, s in enumerate(SHAPES)]
-CASES += [(SHAPES[1], TARGETS[2]), (SHAPES[2], TARGETS[0])]
+CASES += [(SHAPES[2], TARGETS[0])]
 
 
 def geometry(shape):

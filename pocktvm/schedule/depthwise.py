@@ -78,7 +78,7 @@ def each_block(
 def emit_depthwise(ctx: Context, conv: Depthwise, tile: Tile) -> None:
     """The whole loop nest, epilogue included."""
     rows = max(axis.out for axis, _ in conv.phases)
-    with outer(conv.result_shape[0] * rows, 2 * conv.macs) as f:
+    with outer(ctx.task, conv.result_shape[0] * rows, 2 * conv.macs) as f:
         n, q = T.bind(f // rows), T.bind(f % rows)
         for axis, columns in conv.phases:
             row = _Row(ctx, conv, tile, n, q, axis, columns, tiles(columns, tile.pixels))

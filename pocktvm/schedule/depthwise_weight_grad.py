@@ -56,7 +56,7 @@ def emit_depthwise_weight_grad(ctx: Context, grad: WeightGrad, tile: Tile) -> No
     share = max(s for s in range(1, share + 1) if blocks % s == 0 or s == 1)
     part = min(channels, share * block)
     parts = -(-channels // part)
-    with outer(parts, 2 * grad.macs) as f:
+    with outer(ctx.task, parts, 2 * grad.macs) as f:
         last(f, parts, part, channels,
              lambda width: _Part(ctx, grad, tile, T.bind(f * part), width).emit())  # fmt: skip
 

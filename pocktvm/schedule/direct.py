@@ -130,7 +130,7 @@ def emit_direct(ctx: Context, conv: Direct, weights: Weights, tile: Tile) -> Non
     rows = max(axis.out for axis, _ in conv.phases)
     panels = -(-conv.width // tile.nr)
     units = n * rows
-    with outer(units * panels * conv.groups, 2 * conv.macs) as f:
+    with outer(ctx.task, units * panels * conv.groups, 2 * conv.macs) as f:
         if tile.panels_outer:
             panel, unit = f // units, f % units
         else:

@@ -5,18 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from pocktvm.ir.graph import Node
+from pocktvm.schedule.loops import worth_threads
 from pocktvm.schedule.rule import Task
 from pocktvm.tvm_api import T
 
-# A parallel region costs 5-12 us to enter and leave; below 50 us of work one thread is faster.
-PARALLEL_FLOPS = 2_000_000
-PARALLEL_BYTES = 400_000
 
-
-def outer(extent: int, flops: int = 0, nbytes: int = 0) -> Any:
-    """The outermost loop of a kernel: over threads when the work pays for them."""
-    worth = flops >= PARALLEL_FLOPS or nbytes >= PARALLEL_BYTES
-    return T.parallel(0, extent) if worth and extent > 1 else T.serial(0, extent)
+def outer(task: Task, extent: int, flops: float = 0, nbytes: float = 0) -> Any:
+    """The outermost loop of a kernel: over threads when the work pays for them. A byte moved
+    counts as four operations."""
+    parallel = extent > 1 and worth_threads(task.target.isa, flops + 4 * nbytes)
+    return (T.parallel if parallel else T.serial)(0, extent)
 
 
 def decline_spatial(task: Task, *ops: str) -> str | None:

@@ -121,7 +121,7 @@ def emit_weight_grad(ctx: Context, grad: WeightGrad, tile: Tile) -> None:
     fit = max(1, PARTIAL_BYTES // (4 * tile.nr) // tile.mr) * tile.mr
     chunk = min(fit, grad.depth)
     chunks = -(-grad.depth // chunk)
-    with outer(grad.groups * panels * chunks * taps, 2 * grad.macs) as f:
+    with outer(ctx.task, grad.groups * panels * chunks * taps, 2 * grad.macs) as f:
         tap = T.bind(f % taps)
         part = T.bind(f // taps % chunks)
         panel = T.bind(f // (taps * chunks) % panels)

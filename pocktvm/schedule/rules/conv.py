@@ -7,6 +7,7 @@ from typing import Any
 
 from pocktvm.schedule import emit
 from pocktvm.schedule.direct import Direct, Tile, Weights, choose_tile, emit_direct, max_pixels
+from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.rule import Emitted, Knob, Pack, Task
 from pocktvm.schedule.spatial import anchor_of, decline_spatial
 from pocktvm.schedule.window import Window
@@ -37,7 +38,8 @@ class Conv:
         def body(ctx: emit.Context) -> None:
             emit_direct(ctx, conv, Weights(ctx.buffers[weight], bool(pack)), tile)
 
-        return Emitted(emit.build(task, body), pack=pack, flops=2 * conv.macs)
+        func, pairs = emit.build(task, body), inplace_pairs(task)
+        return Emitted(func, pack=pack, inplace=pairs, flops=2 * conv.macs)
 
 
 def describe(task: Task) -> Direct:

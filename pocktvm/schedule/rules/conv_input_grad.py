@@ -12,9 +12,11 @@ from typing import Any
 
 from pocktvm.schedule import emit
 from pocktvm.schedule.direct import Direct, Tile, Weights, emit_direct
+from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.rule import Emitted, Knob, Pack, Task
 from pocktvm.schedule.rules.conv import tile_knobs
 from pocktvm.schedule.spatial import anchor_of, decline_spatial, outer
+from pocktvm.schedule.transpose import Matrix, copy_transposed
 from pocktvm.schedule.window import Window
 from pocktvm.tvm_api import T
 
@@ -50,12 +52,12 @@ class ConvInputGrad:
         def body(ctx: emit.Context) -> None:
             buffer = ctx.buffers[weight]
             if not frozen:
-                emit_swap(conv, tile, buffer, ctx.workspaces[0])
+                emit_swap(ctx, conv, tile, buffer, ctx.workspaces[0])
                 buffer = ctx.workspaces[0]
             emit_direct(ctx, conv, Weights(buffer, True), tile)
 
         func = emit.build(task, body, workspaces)
-        return Emitted(func, workspaces=workspaces, pack=pack, flops=2 * conv.macs)
+        return Emitted(func, workspaces, inplace_pairs(task), pack, 2 * conv.macs)
 
 
 def describe(task: Task) -> Direct:
@@ -68,22 +70,23 @@ def describe(task: Task) -> Direct:
     return Direct(node.inputs[0], node.outputs[0], dy, dx, (w[0], w[1]), window.groups, phases)
 
 
-def emit_swap(conv: Direct, tile: Tile, weight: Any, panels: Any) -> None:
+def emit_swap(ctx: emit.Context, conv: Direct, tile: Tile, weight: Any, panels: Any) -> None:
     """The packer `conv_panels(swap=True)` as a loop: HWIO to [group][panel][tap][O][I panel]."""
     taps = conv.kernel[0] * conv.kernel[1]
     total = conv.groups * conv.depth
     count = -(-conv.width // tile.nr)
-    with outer(conv.groups * count, nbytes=4 * taps * conv.width * total) as f:
+    with outer(ctx.task, conv.groups * count, nbytes=4 * taps * conv.width * total) as f:
         group, panel = T.bind(f // count), T.bind(f % count)
         base = T.bind((group * conv.width + panel * tile.nr) * (taps * conv.depth))
 
         def copy(width: int) -> None:
-            with T.serial(0, taps) as t, T.serial(0, conv.depth) as o:
-                row = base + (t * conv.depth + o) * width
-                column = group * conv.depth + o
-                with T.serial(0, width) as i:
-                    source = (t * conv.width + panel * tile.nr + i) * total + column
-                    emit.store(panels, row + i, emit.load(weight, source, 1), 1)
+            with T.serial(0, taps) as t:
+                source = (t * conv.width + panel * tile.nr) * total + group * conv.depth
+                target = T.bind(base + t * (conv.depth * width))
+                copy_transposed(
+                    Matrix(weight, T.bind(source), total), Matrix(panels, target, width),
+                    width, conv.depth,
+                )  # fmt: skip
 
         tail = conv.width % tile.nr
         if not tail or count == 1:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pocktvm.schedule import emit
+from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.rule import Emitted, Knob, Task
 from pocktvm.schedule.spatial import anchor_of, decline_spatial
 from pocktvm.schedule.weight_grad import Tile, WeightGrad, choose_tile, emit_weight_grad
@@ -34,7 +35,7 @@ class ConvWeightGrad:
         """No workspace: a task's sums and its panel of dy live on its stack."""
         grad = describe(task)
         func = emit.build(task, lambda ctx: emit_weight_grad(ctx, grad, Tile(**knobs)))
-        return Emitted(func, flops=2 * grad.macs)
+        return Emitted(func, inplace=inplace_pairs(task), flops=2 * grad.macs)
 
 
 def describe(task: Task) -> WeightGrad:

@@ -10,6 +10,7 @@ from pocktvm.schedule.depthwise import Depthwise, Tile, emit_depthwise
 from pocktvm.schedule.depthwise_weight_grad import Tile as WeightGradTile
 from pocktvm.schedule.depthwise_weight_grad import choose_tile as weight_grad_tile
 from pocktvm.schedule.depthwise_weight_grad import emit_depthwise_weight_grad
+from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.rule import Emitted, Knob, Task
 from pocktvm.schedule.rules.conv_weight_grad import describe as describe_weight_grad
 from pocktvm.schedule.spatial import anchor_of, decline_spatial
@@ -42,7 +43,7 @@ class DepthwiseConv:
         """Weights are read in place: [kh, kw, 1, C] is contiguous in the lanes' direction."""
         conv = self.describe(task)
         func = emit.build(task, lambda ctx: emit_depthwise(ctx, conv, Tile(**knobs)))
-        return Emitted(func, flops=2 * conv.macs)
+        return Emitted(func, inplace=inplace_pairs(task), flops=2 * conv.macs)
 
     def describe(self, task: Task) -> Depthwise:
         """The forward convolution of a task."""
@@ -124,4 +125,4 @@ class DepthwiseWeightGrad:
         """No workspace: a task's sums live on its stack."""
         grad, tile = describe_weight_grad(task), WeightGradTile(**knobs)
         func = emit.build(task, lambda ctx: emit_depthwise_weight_grad(ctx, grad, tile))
-        return Emitted(func, flops=2 * grad.macs)
+        return Emitted(func, inplace=inplace_pairs(task), flops=2 * grad.macs)
