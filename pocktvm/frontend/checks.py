@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,11 @@ DROPOUTS = (nn.modules.dropout._DropoutNd,)
 LISTED = 18  # operators in one message
 
 
-def notices(module: nn.Module, program: ExportedProgram) -> list[str]:
-    """What the user should know, one line each. `module` is as the user gave it."""
+def notices(module: nn.Module, program: ExportedProgram, dropouts: Sequence[float]) -> list[str]:
+    """What the user should know, one line each.
+
+    `module` is as the user gave it; `dropouts` are the rates of functional ones.
+    """
     lines = []
     norms = [m for m in module.modules() if isinstance(m, BATCH_NORMS)]
     if any(m.training and m.track_running_stats for m in norms):
@@ -27,8 +30,9 @@ def notices(module: nn.Module, program: ExportedProgram) -> list[str]:
             "statistics, as after .eval(), and do not update them"
         )
     rates = [m.p for m in module.modules() if isinstance(m, DROPOUTS) and m.p > 0]
+    rates += dropouts
     if rates:
-        lines.append(f"dropout (p up to {max(rates):g}, {len(rates)} layers) is left out")
+        lines.append(f"dropout (p up to {max(rates):g}, {len(rates)} in all) is left out")
     written = sorted(set(program.graph_signature.buffers_to_mutate.values()))
     if written:
         lines.append(f"the model writes buffers {', '.join(written[:3])}: they stay as they are")
@@ -54,7 +58,7 @@ def check_supported(program: ExportedProgram, supported: Iterable[str]) -> None:
         f"the model uses {count} that cannot be imported:\n"
         + "\n".join(lines)
         + "\n  Write these layers with other operators, or add a converter for each to "
-        "pocktvm/frontend/importer.py."
+        "pocktvm/frontend/converters/."
     )
 
 

@@ -55,14 +55,20 @@ def layer_of(node: fx.Node) -> str:
     return paths[-1] if paths else ""
 
 
-def export(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> ExportedProgram:
-    """Export and decompose; PockError with torch's reason when it cannot."""
+def export(
+    module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]
+) -> tuple[ExportedProgram, list[float]]:
+    """Export and decompose; PockError with torch's reason when it cannot.
+
+    Beside the program: the rates of functional dropouts, which decomposition leaves out.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with torch.no_grad():
                 program = torch.export.export(module, args, dict(kwargs))
-            return program.run_decompositions(_decompositions())
+            rates = _dropout_rates(program)
+            return program.run_decompositions(_decompositions()), rates
     except PockError:
         raise
     except Exception as error:
@@ -73,6 +79,11 @@ def export(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> E
             + "\n  Try torch.export.export(module, example_inputs) alone: data-dependent control "
             "flow has to go, shapes must be those of the example inputs."
         ) from error
+
+
+def _dropout_rates(program: ExportedProgram) -> list[float]:
+    nodes = [node for node in program.graph.nodes if operator_name(node) == "dropout.default"]
+    return [float(node.args[1]) for node in nodes if node.args[2] and node.args[1] > 0]
 
 
 def _decompositions() -> Any:

@@ -43,7 +43,7 @@ def import_torch(
     notices: list[str] = []
     program_module = _inference_copy(module, notices)
     checks.check_tensors(program_module)
-    program = exported.export(program_module, args, kwargs)
+    program, dropouts = exported.export(program_module, args, kwargs)
     canonical = structure.canonical_names(program_module)
     blocks = structure.find_blocks(program_module)
     exported.fold_constants(program)
@@ -64,7 +64,7 @@ def import_torch(
         shifts=structure.find_shifts(program),
         padding=padding,
         layers=layers,
-        notices=tuple(notices + checks.notices(module, program)),
+        notices=tuple(notices + checks.notices(module, program, dropouts)),
     )
     return model
 

@@ -18,6 +18,9 @@ IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_SCALE = (1 / 58.395, 1 / 57.12, 1 / 57.375)
 
 
+MAY_BE_ZERO = frozenset({"types"})  # options with another default
+
+
 def same_name(name: str) -> str:
     """Names in weight files that are the zoo's own."""
     return name
@@ -69,7 +72,7 @@ def _parse(model: str, key: str, default: Any, text: str) -> Any:
         value = type(default)(text)
     except ValueError:
         value = -1
-    if value < 0 or (value == 0 and default):
+    if value < 0 or (value == 0 and default and key not in MAY_BE_ZERO):
         kind = "a whole number" if isinstance(default, int) else "a number"
         raise PockError(f"{model}: {key} is {kind} such as {default}, not '{text}'.")
     return value

@@ -132,9 +132,10 @@ class Llama(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.tok(ids)
+        x, length = self.tok(ids), ids.shape[1]
+        cos, sin = self.cos[:length], self.sin[:length]
         for block in self.blocks:
-            x = block(x, self.cos, self.sin)
+            x = block(x, cos, sin)
         return self.fc(self.n(x)).transpose(1, 2)
 
 
