@@ -335,8 +335,10 @@ class Emitter:
         if have == shape:
             return x
         padded = (1,) * (len(have) - len(shape)) + shape
-        axes = [i for i, (h, p) in enumerate(zip(have, padded, strict=True)) if h != p]
-        return self.reshape(self.reduce("sum", x, axes), shape)
+        if padded != have:
+            # axes of one are summed too: what remains is the plain vector, matrix, … of `shape`
+            x = self.reduce("sum", x, [i for i, p in enumerate(padded) if p == 1])
+        return self.reshape(x, shape)
 
     def matmul(self, a: Expr, b: Expr, ta: bool = False, tb: bool = False) -> Expr:
         """The product over the last two axes, either operand transposed; equal batch axes."""

@@ -92,7 +92,7 @@ class Editor:
 
     def const(self, array: np.ndarray, hint: str) -> str:
         """A constant named by its content, so that both programs of a build share it."""
-        array = np.ascontiguousarray(array)
+        array = np.ascontiguousarray(array).reshape(array.shape)  # numpy gives rank 0 an axis
         digest = hashlib.sha1(array.tobytes(), usedforsecurity=False)
         digest.update(repr((array.shape, str(array.dtype))).encode())
         name = f"{hint.split('@')[0]}@{digest.hexdigest()[:10]}"
