@@ -63,6 +63,9 @@ def _build(
         frozen_file=FROZEN_FILE if beside else None,
     )  # fmt: skip
     (work / "model.c").write_text(tables)
+    if dump := os.environ.get("POCKTVM_DUMP"):
+        Path(dump).mkdir(parents=True, exist_ok=True)
+        (Path(dump) / "model.c").write_text(tables)
     embedded = {"pk_recorded_bytes": recorded.path}
     if beside:
         shutil.move(frozen.path, folder / FROZEN_FILE)

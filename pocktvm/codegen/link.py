@@ -61,8 +61,9 @@ def zig(arguments: Sequence[str | Path], what: str) -> None:
     if "No module named ziglang" in done.stderr:
         raise PockError("the linker is missing: pip install ziglang==0.17.1")
     # zig maps its output, so a full disk kills it without a word
-    for folder in (tempfile.gettempdir(), cache_folder(), *_folders_of(arguments), Path.home()):
-        free = shutil.disk_usage(folder).free if Path(folder).is_dir() else _NEARLY_FULL_BYTES
+    temporary = Path(tempfile.gettempdir())
+    for folder in (temporary, cache_folder(), *_folders_of(arguments), Path.home()):
+        free = shutil.disk_usage(folder).free if folder.is_dir() else _NEARLY_FULL_BYTES
         if free < _NEARLY_FULL_BYTES or "NoSpaceLeft" in done.stderr:
             raise PockError(
                 f"the disk is full: {free / 1e6:.1f} MB are free on {_disk(folder)}, and {what} "
@@ -71,8 +72,8 @@ def zig(arguments: Sequence[str | Path], what: str) -> None:
     raise InternalError(f"zig failed on {what}:\n{' '.join(command)}\n{done.stderr[-4000:]}")
 
 
-def _disk(folder: str | Path) -> Path:
-    path = Path(folder).absolute()
+def _disk(folder: Path) -> Path:
+    path = folder.absolute()
     while not path.is_mount():
         path = path.parent
     return path

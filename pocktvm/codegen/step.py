@@ -7,6 +7,7 @@ on the device.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -108,8 +109,8 @@ def _write_program(w: Writer, program: Program) -> None:
         if name not in names:
             raise InternalError(f"{program.name}: input '{name}' is not in the identity")
         known = program.root(name) in w.plan.offsets[program.name]
-        offset = w.arena_offset(program, name) if known else "PK_NOWHERE"
-        inputs.append(f"{{{names.index(name)}, {offset}}}")
+        place = str(w.arena_offset(program, name)) if known else "PK_NOWHERE"
+        inputs.append(f"{{{names.index(name)}, {place}}}")
     scalars = [_scalar(w, program, b, f) for b, f in program.scalars.items()]
     prefix = program.name
     w.parts += [
@@ -122,7 +123,8 @@ def _write_program(w: Writer, program: Program) -> None:
     tables = {k: f"{prefix}_{k}" for k in ("views", "args", "calls", "inputs", "scalars")}
     counts = [len(views), len(args), len(calls), len(inputs), len(scalars)]
     fields: dict[str, object] = {"name": text(prefix)}
-    fields |= {f"n_{k}": n for k, n in zip(tables, counts, strict=True)} | tables
+    fields |= {f"n_{k}": n for k, n in zip(tables, counts, strict=True)}
+    fields |= tables
     for key in ("loss", "output"):
         found = program.outputs.get(key)
         fields[f"{key}_offset"] = w.arena_offset(program, found) if found else "PK_NOWHERE"
@@ -137,7 +139,8 @@ def _scalar(w: Writer, program: Program, buffer: str, formula: str) -> str:
 
 
 def _write_tensors(w: Writer) -> None:
-    rows, names = [], []
+    rows: list[str] = []
+    names: list[str] = []
     for name in sorted(w.kernels.params, key=lambda n: w.kernels.params[n].name.encode()):
         param = w.kernels.params[name]
         aliases = f"aliases_{len(rows)}"
@@ -198,7 +201,7 @@ def _write_inputs(w: Writer) -> None:
     rows = []
     for index, spec in enumerate(w.identity.inputs):
         for key in ("mean", "scale"):
-            values = [f"{number(np.float32(v))}f" for v in getattr(spec, key)] or ["0"]
+            values = [f"{number(float(np.float32(v)))}f" for v in getattr(spec, key)] or ["0"]
             w.parts.append(array("float", f"{key}_{index}", values))
         rows.append(_input(spec, index, spec.name in labels))
     w.parts.append(array("pocktvm_input", "inputs", rows))
@@ -236,7 +239,9 @@ def _write_self_test(w: Writer) -> None:
         f"{_recorded_dtype(test.inputs[spec.name], spec)}}}"
         for spec in w.identity.inputs
     ]
-    losses = [f"{number(np.float32(v))}f" for v in test.losses]
+    losses = [
+        f"{number(float(np.float32(v)))}f" for v in itertools.takewhile(np.isfinite, test.losses)
+    ]
     w.parts.append(array("pocktvm_array", "selftest_inputs", rows))
     w.parts.append(array("float", "selftest_losses", losses or ["0"]))
     output = "NULL"

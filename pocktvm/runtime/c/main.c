@@ -23,7 +23,7 @@ static const char USAGE[] =
     "  --save-every 1s|500ms|N   … and as often as this (N: steps)\n"
     "  --resume CKPT          go on from a checkpoint\n"
     "  --json                 the result as one JSON object on stdout\n"
-    "  --progress             'progress STEP TOTAL LOSS MS' on stderr after every step\n"
+    "  --progress             'progress STEP TOTAL LOSS MS' on stderr, up to 20 a second\n"
     "  --profile              milliseconds of every kernel, in the JSON\n"
     "  --selftest             compare with the recorded losses: PASS or FAIL\n"
     "  --serve                a trainer on stdin and stdout (see serve.c)\n"

@@ -21,7 +21,7 @@ typedef struct {
   double *step_ms;
   int64_t n_done; /* in this call */
   int64_t last_save_steps;
-  double last_save_time, lr;
+  double last_save_time, last_report_time, lr;
 } session;
 
 static double now_seconds(void) {
@@ -61,6 +61,16 @@ static int save_if_due(session *s) {
   return by_steps || by_time ? save(s) : 0;
 }
 
+/* At most 20 lines a second: a small model makes thousands of steps in one. */
+static void report(session *s, int64_t total, double ms) {
+  double now = now_seconds();
+  int64_t done = steps_done(s);
+  if (!s->settings->progress || (done < total && now - s->last_report_time < 0.05)) return;
+  s->last_report_time = now;
+  fprintf(stderr, "progress %lld %lld %.9g %.3f\n", (long long)done, (long long)total,
+          (double)s->losses[s->n_done - 1], ms);
+}
+
 static int one_step(session *s, int64_t total) {
   float loss = 0;
   if (pk_source_batch(&s->source, steps_done(s))) return 1;
@@ -71,9 +81,7 @@ static int one_step(session *s, int64_t total) {
   if (status) return complain_input(s);
   s->losses[s->n_done] = loss;
   s->step_ms[s->n_done++] = ms;
-  if (s->settings->progress)
-    fprintf(stderr, "progress %lld %lld %.9g %.3f\n", (long long)steps_done(s), (long long)total,
-            (double)loss, ms);
+  report(s, total, ms);
   return 0;
 }
 
