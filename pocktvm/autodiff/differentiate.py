@@ -34,6 +34,9 @@ def differentiate(
     Raises PockError for an operator without a gradient on the way to a tensor that learns (all of
     them at once), and when no tensor of `updated` reaches the loss.
     """
+    parts = [name for name, share in updated.items() if share != 1.0]
+    if parts:
+        raise PockError(f"'{parts[0]}' learns in part; whole tensors only in this version (use 1).")
     prepared = prepare(model, loss)
     function = prepared.module[ENTRY]
     index = {name: i for i, name in enumerate(prepared.names)}
