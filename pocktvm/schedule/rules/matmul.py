@@ -261,6 +261,8 @@ def _default_form(task: Task, gemm: Gemm, mr: int, forms: tuple[str, ...]) -> st
         return "local"
     if gemm.transpose_a:
         return "local" if gemm.k >= 64 and gemm.m > 2 * mr else "direct"
+    if gemm.k > 4096 and gemm.m >= 8:  # blocks of K: faster or equal, and sums of sums are exacter
+        return "local"
     # rows of B a power of two apart fall on the same cache sets: copy them once there is use for it
     aliased = (gemm.n * 4) % 2048 == 0 and gemm.k * gemm.n * 4 > isa.l2_bytes // 4
     return "local" if aliased and gemm.m >= 8 * mr else "direct"
