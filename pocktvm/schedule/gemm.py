@@ -63,12 +63,12 @@ def _matmul(task: Task, node: Node) -> Gemm | str:
     n = b[-2] if tb else b[-1]
     head_a, head_b = a[:-2], b[:-2]
     count_a, count_b = math.prod(head_a), math.prod(head_b)
-    names = (*node.inputs, node.outputs[0])
+    (x, y), c = node.inputs, node.outputs[0]
     if count_b == 1 and not ta:  # rows of the whole batch are rows of one product
-        return Gemm(*names, count_a * m, n, k, ta, tb)
+        return Gemm(x, y, c, count_a * m, n, k, ta, tb)
     if count_a == 1 or count_b == 1 or head_a == head_b:
         batch = max(count_a, count_b)
-        return Gemm(*names, m, n, k, ta, tb, batch, count_a > 1, count_b > 1)
+        return Gemm(x, y, c, m, n, k, ta, tb, batch, count_a > 1, count_b > 1)
     return f"batch axes {list(head_a)} and {list(head_b)} broadcast"
 
 

@@ -83,9 +83,9 @@ class Reduce:
         plan = analyse(task, parallel and tasks < 2 * isa.cores)
         nest = _Nest(plan, knobs["vectors"], parallel)
         size = task.values[node.outputs[0]].size
-        workspaces = ((plan.parts * size, task.values[node.outputs[0]].dtype),)
-        if plan.parts == 1:
-            workspaces = ()
+        workspaces: tuple[tuple[int, str], ...] = ()
+        if plan.parts > 1:
+            workspaces = ((plan.parts * size, task.values[node.outputs[0]].dtype),)
         func = build(task, nest.body, workspaces)
         return Emitted(func, workspaces, inplace_pairs(task), flops=work)
 
