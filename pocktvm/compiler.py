@@ -18,13 +18,16 @@ from pocktvm.autodiff.optimizers import parse_optimizer
 from pocktvm.codegen import emit_artifact
 from pocktvm.frontend.torch import import_torch
 from pocktvm.identity import identify, label_inputs
+from pocktvm.ir.graph import Graph
 from pocktvm.ir.scheme import Scheme
 from pocktvm.ir.target import Target
 from pocktvm.passes import run_passes
 from pocktvm.recorded import record_self_test
 from pocktvm.schedule import schedule
+from pocktvm.schedule.compile_kernel import KernelCompiler
 from pocktvm.stages import Stages
 from pocktvm.targets import load_target
+from pocktvm.tuning.records import Records
 from pocktvm.units import parse_bytes
 
 Progress = Callable[[str, str], None]
@@ -87,7 +90,8 @@ def compile(
     graphs = tuple(run_passes(graph, device, observe=stages.saw_pass) for graph in graphs)
 
     stages.enter("compile kernels")
-    kernels = schedule(graphs, device, progress=stages.detail)
+    compiler = KernelCompiler(knobs_for=Records(device).knobs)
+    kernels = schedule(graphs, device, progress=stages.detail, compiler=compiler)
 
     stages.enter("plan memory")
     plan = memory.plan(kernels)
@@ -101,3 +105,21 @@ def compile(
         seconds=stages.finish(), threads=threads,
     )  # fmt: skip
     return Artifact.emit(emit_artifact, kernels, plan, identity, self_test, device, out)
+
+
+def optimised_graphs(
+    module: Any,
+    example_inputs: Any,
+    *,
+    target: Target,
+    scheme: Any = "full",
+    loss: str = "cross_entropy",
+    optimizer: Any = None,
+    published: Mapping[str, Any] | None = None,
+) -> tuple[Graph, ...]:
+    """The first half of `compile`: the programs whose kernels a build would need (for tuning)."""
+    model = import_torch(module, example_inputs, scheme=published)
+    updated = Scheme.parse(scheme).resolve(model)
+    rule = parse_optimizer(optimizer or "sgd")
+    graphs = differentiate(model, updated, parse_loss(loss), rule)
+    return tuple(run_passes(graph, target) for graph in graphs)

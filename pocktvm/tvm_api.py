@@ -152,3 +152,20 @@ def hoist_allocations(func: Any) -> tuple[Any, tuple[tuple[int, str], ...]]:
 def buffer_types(func: Any) -> list[tuple[tuple[int, ...], str]]:
     """(shape, dtype) of every buffer argument of a TIR function."""
     return [(tuple(int(e) for e in p.shape), str(p.dtype)) for p in func.params]
+
+
+def meta_schedule() -> Any:
+    """TVM's MetaSchedule, with `utils.derived_object` where it was before it moved."""
+    from tvm.ir.utils import derived_object
+    from tvm.s_tir import meta_schedule as module
+
+    if not hasattr(module.utils, "derived_object"):
+        module.utils.derived_object = derived_object
+    return module
+
+
+def rpc_module() -> Any:
+    """TVM's RPC client (trackers, sessions)."""
+    from tvm import rpc
+
+    return rpc

@@ -1,0 +1,1 @@
+"""Tuning: MetaSchedule searches the rules' knobs; the best of each kernel is kept as a record."""
