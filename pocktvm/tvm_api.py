@@ -6,6 +6,7 @@ by MetaSchedule; an empty package stands in for it, since our rules bring their 
 
 from __future__ import annotations
 
+import logging
 import sys
 import types
 from functools import cache
@@ -30,6 +31,7 @@ __all__ = [
     "T",
     "TvmTarget",
     "relax",
+    "te",
     "tirx",
     "topi",
     "tvm",
@@ -159,6 +161,8 @@ def meta_schedule() -> Any:
     from tvm.ir.utils import derived_object
     from tvm.s_tir import meta_schedule as module
 
+    # its tables would go to the terminal, and to stdout beside --json
+    logging.getLogger("tvm.s_tir.meta_schedule").setLevel(logging.CRITICAL)
     if not hasattr(module.utils, "derived_object"):
         module.utils.derived_object = derived_object
     return module

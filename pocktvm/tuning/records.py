@@ -17,7 +17,7 @@ from typing import Any
 
 from pocktvm.errors import PockError
 from pocktvm.ir.target import Target
-from pocktvm.schedule.rule import Rule, Task
+from pocktvm.schedule.rule import Knob, Rule, Task
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Records:
             return None
         known = rule.knobs(task)
         fits = set(record.knobs) == set(known) and all(
-            _equal(record.knobs[name], knob.options) for name, knob in known.items()
+            _equal(record.knobs[name], _values(knob)) for name, knob in known.items()
         )
         return record if fits else None
 
@@ -77,7 +77,7 @@ class Records:
         if record is None:
             return None
         options = rule.knobs(task)
-        return {n: _option(v, options[n].options) for n, v in record.knobs.items()}
+        return {n: _option(v, _values(options[n])) for n, v in record.knobs.items()}
 
     def keep(self, task: Task, rule: Rule, record: Record) -> None:
         """Write a record at once, atomically. Raises PockError where the folder is read-only."""
@@ -111,6 +111,11 @@ class Records:
                 f"{path} is not a file of tuning records ({error}).\n"
                 "  Remove it, or restore it from version control."
             ) from None
+
+
+def _values(knob: Knob) -> tuple[Any, ...]:
+    """What a knob may be: a default chosen by shape need not be among the options."""
+    return (*knob.options, knob.default)
 
 
 def _equal(value: Any, options: tuple[Any, ...]) -> bool:

@@ -244,14 +244,14 @@ def _cost_model(ms: Any, knobs: Mapping[str, Knob]) -> tuple[Any, str]:
                 self.rows.append(_one_hot(candidate, knobs))
                 self.scores.append(1.0 / float(seconds[0]) if seconds else 0.0)
             best = max(self.scores) or 1.0
-            self.model = xgboost.XGBRegressor(n_estimators=40, max_depth=5, n_jobs=1)
-            self.model.fit(np.array(self.rows), np.array(self.scores) / best)
+            data = xgboost.DMatrix(np.array(self.rows), label=np.array(self.scores) / best)
+            self.model = xgboost.train({"max_depth": 5, "nthread": 1}, data, 40)
 
         def predict(self, context: Any, candidates: list[Any]) -> np.ndarray:
             if self.model is None:
                 return np.random.default_rng(0).random(len(candidates))
             rows = np.array([_one_hot(c, knobs) for c in candidates])
-            return np.asarray(self.model.predict(rows), dtype=np.float64)
+            return np.asarray(self.model.predict(xgboost.DMatrix(rows)), dtype=np.float64)
 
     return KnobModel(), "evolutionary"
 
