@@ -16,6 +16,7 @@ from pocktvm.autodiff.differentiate import differentiate
 from pocktvm.autodiff.losses import parse_loss
 from pocktvm.autodiff.optimizers import parse_optimizer
 from pocktvm.codegen import emit_artifact
+from pocktvm.fit import Build
 from pocktvm.frontend.torch import import_torch
 from pocktvm.identity import identify, label_inputs
 from pocktvm.ir.graph import Graph
@@ -72,9 +73,9 @@ def compile(
     stages = Stages(progress)
 
     stages.enter("import")
-    model = import_torch(
-        module, example_inputs, name=name, scheme=published, mean=mean, scale=scale
-    )
+    options = {"name": name, "scheme": published, "mean": mean, "scale": scale}
+    build = Build(module, example_inputs, wanted, loss_fn, optimizer_rule, device, options)
+    model = import_torch(module, example_inputs, **options)
     stages.saw("import", model.module)
     updated = wanted.resolve(model)
 
@@ -89,6 +90,8 @@ def compile(
     stages.enter("optimise the graph")
     graphs = tuple(run_passes(graph, device, observe=stages.saw_pass) for graph in graphs)
 
+    build.check(graphs, limit)
+
     stages.enter("compile kernels")
     compiler = KernelCompiler(knobs_for=Records(device).knobs)
     kernels = schedule(graphs, device, progress=stages.detail, compiler=compiler)
@@ -97,7 +100,7 @@ def compile(
     plan = memory.plan(kernels)
     memory.verify(kernels, plan)
     stages.saw("plan", plan)
-    memory.check_budget(plan, limit, target=device.name)
+    build.check(graphs, limit, plan)
 
     stages.enter("link")
     identity = identify(

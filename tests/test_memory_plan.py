@@ -315,10 +315,10 @@ def test_budget_message_has_peak_classes_and_savings():
             result.total_bytes - 1,
             target="rpi4",
             suggestions={
-                "batch 8 -> 4": lambda: 3000,
-                "--scheme last": lambda: 2000,
+                "batch 8 -> 4": lambda: result.total_bytes - 3000,
+                "--scheme last": lambda: result.total_bytes - 2000,
                 "--scheme blocks:1": refuse,
-                "--optimizer sgd": lambda: result.total_bytes + 5,
+                "--optimizer sgd": lambda: -5,
             },
         )
     text = str(caught.value)

@@ -17,22 +17,23 @@ def check_budget(
     *,
     target: str = "the target",
     source: str = "--budget",
+    at_least: bool = False,
     suggestions: Suggestions | None = None,
 ) -> None:
     """Raise PockError unless `plan.total_bytes` is within the budget.
 
+    `at_least`: the plan is an estimate from below (memory/estimate.py).
     `suggestions`: a change the user can make ("batch 8 -> 4") -> a function that says how many
-    bytes the whole would then need. They are called only when the budget is exceeded, since each
-    is a build of its own; what raises PockError or saves nothing is left out, the best three
-    are printed.
+    bytes it saves. They are called only when the budget is exceeded, since each is a build of its
+    own; what raises PockError or saves nothing is left out, the best three are printed.
     """
     if budget_bytes is None or plan.total_bytes <= budget_bytes:
         return
     peak = plan.lower_bound_bytes
+    needs = ("at least " if at_least else "") + format_bytes(plan.total_bytes)
     raise PockError(
-        f"the plan needs {format_bytes(plan.total_bytes)}, {target} was given "
-        f"{format_bytes(budget_bytes)} ({source}); the peak is at '{plan.peak_call}' "
-        f"({format_bytes(peak)} live).\n"
+        f"the plan needs {needs}, {target} was given {format_bytes(budget_bytes)} "
+        f"({source}); the peak is at '{plan.peak_call}' ({format_bytes(peak)} live).\n"
         f"  {_by_class(plan)}\n"
         f"  {_savings(plan, budget_bytes, suggestions or {})}"
     )
@@ -46,12 +47,14 @@ def _by_class(plan: MemoryPlan) -> str:
 
 def _savings(plan: MemoryPlan, budget: int, suggestions: Suggestions) -> str:
     saved: list[tuple[int, str]] = []
-    for change, total_bytes in suggestions.items():
+    for change, saved_bytes in suggestions.items():
         try:
-            saving = plan.total_bytes - total_bytes()
+            saving = saved_bytes()
         except PockError:
             continue
-        if saving > 0:
+        # A later one of the same kind trains less: it must be worth it.
+        same = [s for s, c in saved if c.split()[0] == change.split()[0]]
+        if saving > 1.01 * max(same, default=0):
             saved.append((saving, change))
     if not saved:
         return "Train fewer tensors (--scheme last), or give it a smaller batch (--batch)."

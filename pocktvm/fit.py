@@ -1,0 +1,83 @@
+"""Does the build fit its budget, and which smaller builds would?
+
+The first answer comes from the graphs, before any kernel is compiled; the suggestions of a refusal
+come from the graphs of builds that differ in one thing each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pocktvm import memory
+from pocktvm.autodiff.differentiate import differentiate
+from pocktvm.frontend.torch import import_torch
+from pocktvm.ir.graph import Graph
+from pocktvm.ir.memory import MemoryPlan
+from pocktvm.ir.scheme import Scheme
+from pocktvm.ir.target import Target
+from pocktvm.passes import run_passes
+
+SMALLER_SCHEMES = ("pockengine", "last")
+
+
+@dataclass(frozen=True)
+class Build:
+    """Everything that decides the graphs of a build. `options` are import_torch's."""
+
+    module: Any
+    example_inputs: Any
+    scheme: Scheme
+    loss: Any
+    optimizer: Any
+    target: Target
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def estimate(self) -> MemoryPlan:
+        """Import, differentiate and optimise, up to the kernels."""
+        model = import_torch(self.module, self.example_inputs, **self.options)
+        updated = self.scheme.resolve(model)
+        graphs = differentiate(model, updated, self.loss, self.optimizer)
+        return memory.estimate([run_passes(g, self.target) for g in graphs])
+
+    def check(
+        self, graphs: Sequence[Graph], limit: int | None, plan: MemoryPlan | None = None
+    ) -> None:
+        """PockError when the plan, or without one the estimate, exceeds `limit`."""
+        if limit is None:
+            return
+        now = memory.estimate(graphs)
+        memory.check_budget(
+            plan or now,
+            limit,
+            target=self.target.name,
+            at_least=plan is None,
+            suggestions=self._smaller(now.total_bytes),
+        )
+
+    def _smaller(self, now: int) -> dict[str, Callable[[], int]]:
+        """What the user could change -> how many bytes it saves."""
+
+        def saves(build: Build) -> Callable[[], int]:
+            return lambda: now - build.estimate().total_bytes
+
+        found = {
+            f"--scheme {name}": saves(replace(self, scheme=Scheme.parse(name)))
+            for name in SMALLER_SCHEMES
+            if name != str(self.scheme)
+        }
+        halved = _half_batch(self.example_inputs)
+        if halved is not None:
+            inputs, size = halved
+            found[f"batch {size} -> {size // 2}"] = saves(replace(self, example_inputs=inputs))
+        return found
+
+
+def _half_batch(example_inputs: Any) -> tuple[tuple[Any, ...], int] | None:
+    """The inputs with half the samples; None where there is no common batch axis to halve."""
+    inputs = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    sizes = {x.shape[0] if getattr(x, "ndim", 0) else 1 for x in inputs}
+    if len(sizes) != 1 or (size := sizes.pop()) < 2:
+        return None
+    return tuple(x[: size // 2] for x in inputs), size
