@@ -82,6 +82,15 @@ class Axis:
         hi = (tirx.Max(self.src - shift, zero) + (self.step - 1)) // self.step
         return T.bind(lo), T.bind(tirx.Min(hi, tirx.const(self.out, "int32")))
 
+    def covering(self, element: Expr) -> tuple[Expr, Expr]:
+        """The outputs [lo, hi) whose window spans a source element (forward axes; with dilation
+        some of them step over it)."""
+        before = element - self.offset
+        far = tirx.Max(before - (self.taps - 1) * self.dilation, tirx.const(0, "int32"))
+        lo = (far + (self.step - 1)) // self.step
+        hi = tirx.Min(before // self.step + 1, tirx.const(self.out, "int32"))
+        return T.bind(lo), T.bind(hi)
+
     def cases(self) -> list[tuple[int, int, tuple[int, ...]]]:
         """Ranges of outputs [start, stop) with the taps that all of them see."""
         found: list[tuple[int, int, tuple[int, ...]]] = []
