@@ -2,14 +2,15 @@
 
 A task owns a part of the channels. It walks blocks of rows that fit the second-level cache; in each
 it takes its channels a few vectors at a time, loads their sums, adds every pixel of the block, and
-puts them back on its stack. Large kernels are summed a few kernel rows at a time, as many as there
-are registers for.
+puts them back in its worker's scratch. Large kernels are summed a few kernel rows at a time, as
+many as there are registers for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from pocktvm.ir.target import Isa
@@ -17,7 +18,7 @@ from pocktvm.schedule import emit
 from pocktvm.schedule.depthwise import Vectors, each_block
 from pocktvm.schedule.emit import Context
 from pocktvm.schedule.expression import Position, finish
-from pocktvm.schedule.spatial import outer
+from pocktvm.schedule.loops import workers, worth_threads
 from pocktvm.schedule.weight_grad import PARTIAL_BYTES, WeightGrad, last
 from pocktvm.schedule.window import Run, tiles
 from pocktvm.tvm_api import T, tirx
@@ -45,31 +46,71 @@ def choose_tile(grad: WeightGrad, isa: Isa) -> Tile:
     return Tile(4, 2 if pair else 1, lines)
 
 
-def emit_depthwise_weight_grad(ctx: Context, grad: WeightGrad, tile: Tile) -> None:
+@dataclass(frozen=True)
+class Plan:
+    """The parts of the channels, and each worker's scratch."""
+
+    grad: WeightGrad
+    tile: Tile
+    isa: Isa
+
+    @cached_property
+    def part(self) -> int:
+        """Channels of a task."""
+        channels, taps = self.grad.dw_shape[3], self.grad.dw_shape[0] * self.grad.dw_shape[1]
+        block = self.tile.vectors * self.isa.lanes
+        fit = max(1, PARTIAL_BYTES // (4 * taps) // block)
+        blocks = -(-channels // block)
+        share = max(1, min(fit, blocks // (2 * self.isa.cores)))
+        # A share that divides the blocks leaves no shorter last part, to be written out as well.
+        share = max(s for s in range(1, share + 1) if blocks % s == 0)
+        return min(channels, share * block)
+
+    @cached_property
+    def parts(self) -> int:
+        """Tasks."""
+        return -(-self.grad.dw_shape[3] // self.part)
+
+    @cached_property
+    def workers(self) -> int:
+        """Scratch areas: tasks that may run at once."""
+        parallel = worth_threads(self.isa, 2 * self.grad.macs)
+        return min(self.isa.cores, self.parts) if parallel else 1
+
+    @cached_property
+    def sums(self) -> int:
+        """Elements of a task's sums."""
+        return self.part * self.grad.dw_shape[0] * self.grad.dw_shape[1]
+
+    @property
+    def workspaces(self) -> tuple[tuple[int, str], ...]:
+        """The sums of all workers."""
+        return ((self.workers * self.sums, "float32"),)
+
+
+def emit_depthwise_weight_grad(ctx: Context, plan: Plan) -> None:
     """The whole loop nest, epilogue included."""
-    channels, taps = grad.dw_shape[3], grad.dw_shape[0] * grad.dw_shape[1]
-    block = tile.vectors * ctx.lanes
-    fit = max(1, PARTIAL_BYTES // (4 * taps) // block)
-    blocks = -(-channels // block)
-    share = max(1, min(fit, blocks // (2 * ctx.task.target.isa.cores)))
-    # A share that divides the blocks leaves no shorter last part, which would be written out too.
-    share = max(s for s in range(1, share + 1) if blocks % s == 0 or s == 1)
-    part = min(channels, share * block)
-    parts = -(-channels // part)
-    with outer(ctx.task, parts, 2 * grad.macs) as f:
-        last(f, parts, part, channels,
-             lambda width: _Part(ctx, grad, tile, T.bind(f * part), width).emit())  # fmt: skip
+    grad = plan.grad
+    for worker, (f,) in workers((plan.parts,), plan.workers):
+        first, sums0 = T.bind(f * plan.part), T.bind(worker * plan.sums)
+
+        def task(width: int, first: Expr = first, sums0: Expr = sums0) -> None:
+            _Part(ctx, grad, plan.tile, first, width, ctx.workspaces[0], sums0).emit()
+
+        last(f, plan.parts, plan.part, grad.dw_shape[3], task)
 
 
 @dataclass
 class _Part:
-    """`width` channels from `first`."""
+    """`width` channels from `first`; their sums begin at `sums0`."""
 
     ctx: Context
     grad: WeightGrad
     tile: Tile
     first: Expr
     width: int
+    sums: Any
+    sums0: Expr
 
     def emit(self) -> None:
         """All blocks of rows, then the epilogue."""
@@ -79,9 +120,8 @@ class _Part:
         row_bytes = ow * channels * 4 * (1 + step)
         high = min(oh, max(1, BLOCK_BYTES // row_bytes))
         blocks = -(-oh // high)
-        self.sums = emit.local(kh * kw * self.width)
         with T.serial(0, kh * kw) as t:
-            self.each(lambda c, v: [emit.store(self.sums, t * self.width + c + s,
+            self.each(lambda c, v: [emit.store(self.sums, self.sums0 + t * self.width + c + s,
                                                emit.const(0.0, w), w) for s, w in v])  # fmt: skip
         with T.serial(0, n * blocks) as b:
             image, row = T.bind(b // blocks), T.bind(b % blocks * high)
@@ -99,7 +139,7 @@ class _Part:
     def finish(self, t: Expr, c: Expr, vectors: Vectors) -> None:
         """Epilogue and stores of one tap."""
         for start, lanes in vectors:
-            value = emit.load(self.sums, t * self.width + c + start, lanes)
+            value = emit.load(self.sums, self.sums0 + t * self.width + c + start, lanes)
             at = Position(self.grad.dw_shape, t, self.first + c + start, lanes)
             finish(self.ctx, {self.grad.dw: value}, at)
 
@@ -116,7 +156,8 @@ class _Part:
         def move(save: bool) -> None:
             for tap, slot in slots.items():
                 for start, lanes in vectors:
-                    a, b = slot * width + start, tap * self.width + c + start
+                    a = slot * width + start
+                    b = self.sums0 + tap * self.width + c + start
                     if save:
                         emit.store(self.sums, b, emit.load(acc, a, lanes), lanes)
                     else:
@@ -127,7 +168,7 @@ class _Part:
         rows = self.grad.rows
         cases = [(a, b, [k for k in taps if k in lines]) for a, b, taps in rows.cases()]
         cost = len(vectors) * sum(len(p) for run in runs for p in run.pixels)
-        if cost * sum(len(taps) for *_, taps in cases) <= CODE_LIMIT:
+        if cost * sum(len(taps) for *_, taps in rows.cases()) <= CODE_LIMIT:
             for start, stop, taps in cases:
                 lo = tirx.Max(row, tirx.const(start, "int32"))
                 hi = tirx.Min(end, tirx.const(stop, "int32"))

@@ -180,7 +180,7 @@ class _Row:
         bounds = rows.bounds(self.q)
         vectors = emit.vectors(width, self.ctx.lanes)
         runs = tiles(columns, self.tile.pixels)
-        if self.code(columns, runs, len(vectors)) * len(self.conv.phases) > CODE_LIMIT:
+        if self.code(columns, runs) * len(self.conv.phases) > CODE_LIMIT:
             lo, hi = columns.interior
             for start, stop in [(0, lo), (hi, columns.out)] if hi else [(0, columns.out)]:
                 if stop > start:
@@ -197,9 +197,11 @@ class _Row:
                 x = T.bind(t * run.width + run.start)
                 self.block(rows, columns, bounds, run, x, vectors, None)
 
-    def code(self, columns: Axis, runs: Sequence[Run], vectors: int) -> int:
-        """Multiply-adds written out for a row of one phase."""
-        depth, total = self.conv.depth, 0
+    def code(self, columns: Axis, runs: Sequence[Run]) -> int:
+        """Multiply-adds written out for a row of one phase, whole and last panels together."""
+        conv, depth, total = self.conv, self.conv.depth, 0
+        widths = {min(self.tile.nr, conv.width), conv.width % self.tile.nr}
+        vectors = sum(len(emit.vectors(width, self.ctx.lanes)) for width in widths)
         for run in runs:
             if run.whole:
                 total += run.width * self.written(depth * columns.taps)

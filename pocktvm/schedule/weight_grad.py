@@ -2,28 +2,30 @@
 
 Borders are loop bounds: tap (ky, kx) sums over the output rows and columns that meet a real pixel.
 A task owns one tap, one panel of output channels and one chunk of input channels, and walks all
-pixels in blocks: dy's panel of a block is copied to its stack (contiguous, in the first-level
-cache), x's values are read as broadcasts of consecutive channels, and the sums stay on the stack
-until the last block. Sums never cross tasks: the result does not depend on the number of threads.
+pixels in blocks: dy's panel of a block is copied to its worker's scratch (contiguous, in the
+first-level cache), x's values are read as broadcasts of consecutive channels, and the sums stay in
+scratch until the last block. Sums never cross tasks, so they do not depend on the threads.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from pocktvm.ir.target import Isa
 from pocktvm.schedule import emit
 from pocktvm.schedule.emit import Context
 from pocktvm.schedule.expression import Position, finish
-from pocktvm.schedule.spatial import outer
+from pocktvm.schedule.loops import workers, worth_threads
 from pocktvm.schedule.window import Axis
 from pocktvm.tvm_api import T, tirx
 
 Expr = Any
-PARTIAL_BYTES = 24 * 1024  # of a task's sums on its stack
-PANEL_BYTES = 32 * 1024  # of a block of dy on a task's stack
+PARTIAL_BYTES = 24 * 1024  # of a task's sums
+PANEL_BYTES = 32 * 1024  # of a task's block of dy
 
 
 @dataclass(frozen=True)
@@ -114,26 +116,71 @@ class Blocks:
         return cls(n * -(-oh // rows), 1, rows, -(-oh // rows))
 
 
-def emit_weight_grad(ctx: Context, grad: WeightGrad, tile: Tile) -> None:
+@dataclass(frozen=True)
+class Plan:
+    """The tasks of a weight gradient, and each worker's scratch."""
+
+    grad: WeightGrad
+    tile: Tile
+    isa: Isa
+
+    @cached_property
+    def chunk(self) -> int:
+        """Input channels of a task."""
+        fit = max(1, PARTIAL_BYTES // (4 * self.tile.nr) // self.tile.mr) * self.tile.mr
+        return min(fit, self.grad.depth)
+
+    @cached_property
+    def extents(self) -> tuple[int, int, int, int]:
+        """Groups, panels, chunks, taps."""
+        kh, kw, depth, _ = self.grad.dw_shape
+        panels = -(-self.grad.width // self.tile.nr)
+        return self.grad.groups, panels, -(-depth // self.chunk), kh * kw
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """How a task walks the pixels."""
+        return Blocks.of(self.grad, self.tile.block)
+
+    @cached_property
+    def workers(self) -> int:
+        """Scratch areas: tasks that may run at once."""
+        parallel = worth_threads(self.isa, 2 * self.grad.macs)
+        return min(self.isa.cores, math.prod(self.extents)) if parallel else 1
+
+    @cached_property
+    def sums(self) -> int:
+        """Elements of a task's sums; none when one block holds every pixel."""
+        return self.chunk * min(self.tile.nr, self.grad.width) if self.blocks.count > 1 else 0
+
+    @cached_property
+    def panel(self) -> int:
+        """Elements of a block of dy; none when it is read too seldom to be worth copying."""
+        pixels = self.blocks.images * self.blocks.rows * self.grad.dy_shape[2]
+        size = pixels * min(self.tile.nr, self.grad.width)
+        return size if 4 * size <= PANEL_BYTES and self.chunk >= 2 * self.tile.mr else 0
+
+    @property
+    def workspaces(self) -> tuple[tuple[int, str], ...]:
+        """Sums, then panels, of all workers."""
+        sizes = (self.sums, self.panel)
+        return tuple((self.workers * size, "float32") for size in sizes if size)
+
+
+def emit_weight_grad(ctx: Context, plan: Plan) -> None:
     """The whole loop nest, epilogue included."""
-    taps = grad.dw_shape[0] * grad.dw_shape[1]
-    panels = -(-grad.width // tile.nr)
-    fit = max(1, PARTIAL_BYTES // (4 * tile.nr) // tile.mr) * tile.mr
-    chunk = min(fit, grad.depth)
-    chunks = -(-grad.depth // chunk)
-    with outer(ctx.task, grad.groups * panels * chunks * taps, 2 * grad.macs) as f:
-        tap = T.bind(f % taps)
-        part = T.bind(f // taps % chunks)
-        panel = T.bind(f // (taps * chunks) % panels)
-        group = T.bind(f // (taps * chunks * panels))
+    grad, tile = plan.grad, plan.tile
+    _, panels, chunks, _ = plan.extents
+    for worker, (group, panel, part, tap) in workers(plan.extents, plan.workers):
+        at = [T.bind(index) for index in (worker, group, panel, part, tap)]
 
-        def sized(deep: int) -> None:
+        def sized(deep: int, at: Sequence[Expr] = at) -> None:
             def task(width: int) -> None:
-                _Task(ctx, grad, tile, tap, group, panel, T.bind(part * chunk), deep, width).emit()
+                _Task(ctx, plan, at, deep, width).emit()
 
-            last(panel, panels, tile.nr, grad.width, task)
+            last(at[2], panels, tile.nr, grad.width, task)
 
-        last(part, chunks, chunk, grad.depth, sized)
+        last(at[3], chunks, plan.chunk, grad.depth, sized)
 
 
 def last(index: Expr, count: int, size: int, extent: int, body: Callable[[int], None]) -> None:
@@ -149,48 +196,46 @@ def last(index: Expr, count: int, size: int, extent: int, body: Callable[[int], 
             body(left)
 
 
-@dataclass
 class _Task:
     """One tap, one panel of `width` output channels, `deep` input channels from `first`."""
 
-    ctx: Context
-    grad: WeightGrad
-    tile: Tile
-    tap: Expr
-    group: Expr
-    panel: Expr
-    first: Expr
-    deep: int
-    width: int
+    def __init__(
+        self, ctx: Context, plan: Plan, at: Sequence[Expr], deep: int, width: int
+    ) -> None:
+        worker, self.group, panel, part, self.tap = at
+        self.ctx, self.grad, self.tile, self.blocks = ctx, plan.grad, plan.tile, plan.blocks
+        self.deep, self.width = deep, width
+        kw = self.grad.dw_shape[1]
+        self.ky, self.kx = T.bind(self.tap // kw), T.bind(self.tap % kw)
+        self.row_span = self.grad.rows.outputs(self.ky)
+        self.column_span = self.grad.columns.outputs(self.kx)
+        self.vectors = emit.vectors(width, ctx.lanes)
+        self.first = T.bind(part * plan.chunk)
+        self.column0 = T.bind(self.group * self.grad.width + panel * self.tile.nr)
+        scratch = iter(ctx.workspaces)
+        self.sums = next(scratch) if plan.sums else None
+        self.packed = next(scratch) if plan.panel else None
+        self.sums0, self.packed0 = T.bind(worker * plan.sums), T.bind(worker * plan.panel)
 
     def emit(self) -> None:
         """All blocks, then the epilogue."""
-        grad = self.grad
-        kw = grad.dw_shape[1]
-        blocks = Blocks.of(grad, self.tile.block)
-        self.ky, self.kx = T.bind(self.tap // kw), T.bind(self.tap % kw)
-        self.row_span, self.column_span = grad.rows.outputs(self.ky), grad.columns.outputs(self.kx)
-        self.vectors = emit.vectors(self.width, self.ctx.lanes)
-        self.column0 = T.bind(self.group * grad.width + self.panel * self.tile.nr)
-        self.sums = emit.local(self.deep * self.width) if blocks.count > 1 else None
-        pixels = blocks.images * blocks.rows * grad.dy_shape[2]
-        small = pixels * self.width * 4 <= PANEL_BYTES
-        self.packed = (
-            emit.local(pixels * self.width) if small and self.deep >= 2 * self.tile.mr else None
-        )
-        if blocks.count == 1:
-            zero = tirx.const(0, "int32")
-            self.block(blocks, zero, zero)
+        blocks, zero = self.blocks, tirx.const(0, "int32")
+        if self.sums is None:
+            self.block(zero, zero)
             return
         with T.serial(0, self.deep) as i:
             for start, lanes in self.vectors:
-                emit.store(self.sums, i * self.width + start, emit.const(0.0, lanes), lanes)
+                emit.store(self.sums, self.sum_at(i, start), emit.const(0.0, lanes), lanes)
         with T.serial(0, blocks.count) as b:
             n = T.bind(b // blocks.per_image * blocks.images)
-            self.block(blocks, n, T.bind(b % blocks.per_image * blocks.rows))
+            self.block(n, T.bind(b % blocks.per_image * blocks.rows))
         with T.serial(0, self.deep) as i:
             for start, lanes in self.vectors:
-                self.finish(i, start, lanes, emit.load(self.sums, i * self.width + start, lanes))
+                self.finish(i, start, lanes, emit.load(self.sums, self.sum_at(i, start), lanes))
+
+    def sum_at(self, i: Expr, start: int) -> Expr:
+        """Index of a vector of the sums."""
+        return self.sums0 + i * self.width + start
 
     def finish(self, i: Expr, start: int, lanes: int, value: Expr) -> None:
         """Epilogue and store of one vector of dw."""
@@ -199,12 +244,12 @@ class _Task:
                       self.column0 + start, lanes)  # fmt: skip
         finish(self.ctx, {grad.dw: value}, at)
 
-    def block(self, blocks: Blocks, n: Expr, row: Expr) -> None:
+    def block(self, n: Expr, row: Expr) -> None:
         """Add one block of pixels to the sums of all channels of the chunk."""
         oh = self.grad.dy_shape[1]
-        end = tirx.Min(row + blocks.rows, tirx.const(oh, "int32"))
+        end = tirx.Min(row + self.blocks.rows, tirx.const(oh, "int32"))
         if self.packed is not None:
-            self.pack(blocks, n, row, T.bind(end))
+            self.pack(n, row, T.bind(end))
         span = (
             T.bind(tirx.Max(row, self.row_span[0])),
             T.bind(tirx.Min(end, self.row_span[1])),
@@ -213,27 +258,27 @@ class _Task:
         full = self.deep // mr
         if full:
             with T.serial(0, full) as t:
-                self.panel_tile(blocks, n, row, span, T.bind(t * mr), mr)
+                self.panel_tile(n, row, span, T.bind(t * mr), mr)
         if tail:
             at = tirx.const(full * mr, "int32")
-            self.panel_tile(blocks, n, row, span, at, tail)
+            self.panel_tile(n, row, span, at, tail)
 
-    def pack(self, blocks: Blocks, n: Expr, row: Expr, end: Expr) -> None:
+    def pack(self, n: Expr, row: Expr, end: Expr) -> None:
         """Copy dy's panel of the block to the stack."""
         _, oh, ow, o = self.grad.dy_shape
-        with T.serial(0, blocks.images) as b, T.serial(0, (end - row) * ow) as p:
+        with T.serial(0, self.blocks.images) as b, T.serial(0, (end - row) * ow) as p:
             source = ((n + b) * oh + row) * ow + p
-            target = (b * (blocks.rows * ow) + p) * self.width
+            target = self.packed0 + (b * (self.blocks.rows * ow) + p) * self.width
             for start, lanes in self.vectors:
                 at = source * o + self.column0 + start
                 emit.store(self.packed, target + start, self.ctx.load(self.grad.dy, at, lanes),
                            lanes)  # fmt: skip
 
     def panel_tile(
-        self, blocks: Blocks, n: Expr, row: Expr, span: tuple[Expr, Expr], i: Expr, mr: int
+        self, n: Expr, row: Expr, span: tuple[Expr, Expr], i: Expr, mr: int
     ) -> None:
         """One register tile over the pixels of the block."""
-        grad = self.grad
+        grad, blocks = self.grad, self.blocks
         _, h, w, c = grad.x_shape
         _, oh, ow, o = grad.dy_shape
         acc = emit.local(mr * self.width)
@@ -241,7 +286,7 @@ class _Task:
             for start, lanes in self.vectors:
                 value = (
                     emit.const(0.0, lanes) if self.sums is None
-                    else emit.load(self.sums, (i + r) * self.width + start, lanes)
+                    else emit.load(self.sums, self.sum_at(i + r, start), lanes)
                 )  # fmt: skip
                 emit.store(acc, r * self.width + start, value, lanes)
         with T.serial(0, blocks.images) as b, T.serial(*span) as y:
@@ -251,7 +296,7 @@ class _Task:
                 + (self.group * grad.depth + self.first + i)
             )
             if self.packed is not None:
-                d0 = T.bind(((b * blocks.rows + y - row) * ow) * self.width)
+                d0 = T.bind(self.packed0 + ((b * blocks.rows + y - row) * ow) * self.width)
                 step = self.width
             else:
                 d0 = T.bind((((n + b) * oh + y) * ow) * o + self.column0)
@@ -264,7 +309,7 @@ class _Task:
                 if self.sums is None:
                     self.finish(i + r, start, lanes, value)
                 else:
-                    emit.store(self.sums, (i + r) * self.width + start, value, lanes)
+                    emit.store(self.sums, self.sum_at(i + r, start), value, lanes)
 
     def pixel(self, acc: Any, x: Expr, d: Expr, rows: Sequence[int]) -> None:
         """acc += x[channels]^T dy[channels] of one pixel."""

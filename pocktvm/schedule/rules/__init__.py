@@ -13,7 +13,9 @@ from pocktvm.schedule.rules.embedding import Take, TakeGrad
 from pocktvm.schedule.rules.fallback import Fallback
 from pocktvm.schedule.rules.matmul import Matmul
 from pocktvm.schedule.rules.movement import Movement
+from pocktvm.schedule.rules.pool import Pool
 from pocktvm.schedule.rules.reduce import Reduce
+from pocktvm.schedule.rules.resize import Resize
 from pocktvm.schedule.rules.rows import RowOperators
 
 RULES: tuple[Rule, ...] = (
@@ -26,6 +28,8 @@ RULES: tuple[Rule, ...] = (
     Conv(),
     ConvInputGrad(),
     ConvWeightGrad(),
+    Pool(),
+    Resize(),
     CrossEntropy(),
     CrossEntropyGrad(),
     RowOperators(),

@@ -9,7 +9,7 @@ from pocktvm.schedule import emit
 from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.rule import Emitted, Knob, Task
 from pocktvm.schedule.spatial import anchor_of, decline_spatial
-from pocktvm.schedule.weight_grad import Tile, WeightGrad, choose_tile, emit_weight_grad
+from pocktvm.schedule.weight_grad import Plan, Tile, WeightGrad, choose_tile, emit_weight_grad
 from pocktvm.schedule.window import Window
 
 
@@ -32,10 +32,11 @@ class ConvWeightGrad:
         }
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
-        """No workspace: a task's sums and its panel of dy live on its stack."""
-        grad = describe(task)
-        func = emit.build(task, lambda ctx: emit_weight_grad(ctx, grad, Tile(**knobs)))
-        return Emitted(func, inplace=inplace_pairs(task), flops=2 * grad.macs)
+        """Workspaces: each worker's sums and panel of dy."""
+        plan = Plan(describe(task), Tile(**knobs), task.target.isa)
+        func = emit.build(task, lambda ctx: emit_weight_grad(ctx, plan), plan.workspaces)
+        pairs = inplace_pairs(task)
+        return Emitted(func, plan.workspaces, pairs, flops=2 * plan.grad.macs)
 
 
 def describe(task: Task) -> WeightGrad:

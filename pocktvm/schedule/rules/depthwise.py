@@ -7,9 +7,9 @@ from typing import Any
 
 from pocktvm.schedule import emit
 from pocktvm.schedule.depthwise import Depthwise, Tile, emit_depthwise
+from pocktvm.schedule.depthwise_weight_grad import Plan, emit_depthwise_weight_grad
 from pocktvm.schedule.depthwise_weight_grad import Tile as WeightGradTile
 from pocktvm.schedule.depthwise_weight_grad import choose_tile as weight_grad_tile
-from pocktvm.schedule.depthwise_weight_grad import emit_depthwise_weight_grad
 from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.rule import Emitted, Knob, Task
 from pocktvm.schedule.rules.conv_weight_grad import describe as describe_weight_grad
@@ -122,7 +122,7 @@ class DepthwiseWeightGrad:
         }
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
-        """No workspace: a task's sums live on its stack."""
-        grad, tile = describe_weight_grad(task), WeightGradTile(**knobs)
-        func = emit.build(task, lambda ctx: emit_depthwise_weight_grad(ctx, grad, tile))
-        return Emitted(func, inplace=inplace_pairs(task), flops=2 * grad.macs)
+        """Workspace: each worker's sums."""
+        plan = Plan(describe_weight_grad(task), WeightGradTile(**knobs), task.target.isa)
+        func = emit.build(task, lambda ctx: emit_depthwise_weight_grad(ctx, plan), plan.workspaces)
+        return Emitted(func, plan.workspaces, inplace_pairs(task), flops=2 * plan.grad.macs)
