@@ -134,6 +134,13 @@ def test_a_flattened_image_is_permuted_back():
     assert ops(after) == ["permute_dims", "conv2d", "permute_dims", "reshape"]
 
 
+def test_a_sum_that_keeps_axes_of_length_one():
+    b = Build()
+    c = b.conv(b.input(2, 3, 1, 1), b.const(b.randn(4, 3, 1, 1)))
+    after = laid_out(b.graph(y=b.op("sum", c, shape=(4, 1, 1), axes=(0,))))
+    assert ops(after) == ["reshape", "conv2d", "sum", "reshape"]
+
+
 def test_attention_shapes_stay():
     b = Build()
     q = b.input(2, 3, 5, 4)

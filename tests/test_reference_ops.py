@@ -211,3 +211,17 @@ def test_a_wrong_shape_is_our_bug():
         run("relu", [randn(3)], [(4,)])
     with pytest.raises(InternalError, match="no reference"):
         run("mystery", [randn(3)], [(3,)])
+
+
+def test_an_operator_outside_the_vocabulary_runs_through_tvm():
+    tvm_api = pytest.importorskip("pocktvm.tvm_api")
+    relax = tvm_api.relax
+    x = relax.Var("x", relax.TensorType((2, 3), "float32"))
+    attrs = tvm_api.tvm.ir.save_json(relax.op.flip(x, axis=1).attrs)
+    array = randn(2, 3)
+    values = {name: Value(name, (2, 3)) for name in ("x", "y")}
+    node = Node("relax", ("x",), ("y",), {"op": "flip", "relax_attrs": attrs})
+    (y,) = eval_node(node, values, {"x": array})
+    np.testing.assert_array_equal(y, array[:, ::-1])
+    with pytest.raises(InternalError, match="cannot legalize"):
+        eval_node(Node("relax", ("x",), ("y",), {"op": "mystery"}), values, {"x": array})

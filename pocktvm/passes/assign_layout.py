@@ -242,7 +242,15 @@ class LayoutEditor(Editor):
         if kept != sorted(kept):
             return False
         ours = tuple(i for i, a in enumerate(perm) if a in axes)
-        self.write(node, [self.read(node.inputs[0], perm)], None, axes=ours)
+        x, out = self.read(node.inputs[0], perm), self.old(node.outputs[0])
+        left = tuple(shape[a] for a in perm if a not in axes)
+        if left == tuple(out.shape):
+            self.write(node, [x], None, axes=ours)
+            return True
+        # axes of length one changed places: the kept numbers are in order, their shape is not
+        small = self.declare(f"{out.name}~nhwc", left, out)
+        self.add(replace(node, inputs=(x,), outputs=(small,), attrs={**node.attrs, "axes": ours}))
+        self.add(Node("reshape", (small,), (out.name,), {}, node.layer))
         return True
 
     def _class_axis(self, node: Node) -> bool:
