@@ -31,9 +31,9 @@ from pocktvm.ir.ops import SPATIAL, is_elementwise
 from pocktvm.passes.components import Components
 from pocktvm.passes.edit import Editor
 
-ACTIVATION = (0, 2, 3, 1)  # NCHW -> NHWC
-WEIGHT = (2, 3, 1, 0)  # OIHW -> HWIO
 Perm = tuple[int, ...] | None
+ACTIVATION: tuple[int, ...] = (0, 2, 3, 1)  # NCHW -> NHWC
+WEIGHT: tuple[int, ...] = (2, 3, 1, 0)  # OIHW -> HWIO
 
 # operand positions, then the result
 SLOTS: dict[str, tuple[Perm, ...]] = {

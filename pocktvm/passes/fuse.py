@@ -268,7 +268,7 @@ class Fuser:
             reduction.prologue = list(group.members)
             self._merge(reduction, group, reduction.place)
 
-    def _merge(self, group: Group, other: Group, place: int) -> None:
+    def _merge(self, group: Group, other: Group, place: float) -> None:
         group.members = sorted({*group.members, *other.members})
         group.place = place
         for member in other.members:

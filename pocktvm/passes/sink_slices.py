@@ -230,7 +230,7 @@ class SliceWalk(Slicer):
         readers: dict[str, list[Node]] = {}
         results = graph.results()
         done: list[Node] = []  # in reverse
-        gone: set[str] = set()
+        gone: set[int] = set()
         for node in reversed(graph.nodes):
             made = self._cut_node(node, readers, results)
             for new in reversed(made or [node]):
@@ -322,13 +322,13 @@ class SliceWalk(Slicer):
     ) -> list[Node]:
         made: list[Node] = []
         inputs: list[str] = []
-        for name, cut in zip(node.inputs, operands, strict=True):
-            if is_whole(cut):
+        for name, part in zip(node.inputs, operands, strict=True):
+            if is_whole(part):
                 inputs.append(name)
                 continue
             shape = self.shape(name)
-            out = self.declare(f"{name}~cut", cut_shape(cut, shape), self.values[name])
-            attrs = cut_attrs(cut, shape)
+            out = self.declare(f"{name}~cut", cut_shape(part, shape), self.values[name])
+            attrs = cut_attrs(part, shape)
             made.append(Node("strided_slice", (name,), (out,), attrs, node.layer))
             inputs.append(out)
         outputs: list[str] = []

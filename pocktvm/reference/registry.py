@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 
 from pocktvm.ir.graph import Node, Value
 
-Tensor = torch.Tensor
+Tensor: TypeAlias = torch.Tensor
 Rule = Callable[[Node, Sequence[Tensor], Sequence[Value]], "Tensor | tuple[Tensor, ...]"]
 
 RULES: dict[str, Rule] = {}

@@ -25,7 +25,7 @@ def _max_pool(node: Node) -> Callable[[Tensor], Tensor]:
 
     def forward(x: Tensor) -> Tensor:
         padded = F.pad(x, padding, value=-torch.inf).contiguous()
-        return F.max_pool2d(padded, tuple(node.attrs["pool"]), **_window(node))
+        return F.max_pool2d(padded, tuple(node.attrs["pool"]), **_window(node))  # type: ignore[call-overload]
 
     return forward
 
