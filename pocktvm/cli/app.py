@@ -14,7 +14,7 @@ from typing import Any
 import typer
 import typer.core
 
-from pocktvm.cli import build, doctor, evaluate, inspect, report, run, targets, tune
+from pocktvm.cli import build, deploy, doctor, evaluate, inspect, report, run, targets, tune
 from pocktvm.cli.crash import report_crash
 from pocktvm.errors import PockError
 
@@ -68,6 +68,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("report")(report.report)
 app.command("tune")(tune.tune)
+app.command("deploy")(deploy.deploy)
 app.command("targets")(targets.targets)
 app.command("doctor")(doctor.doctor)
 

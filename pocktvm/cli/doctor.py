@@ -7,13 +7,16 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pocktvm.cli import options
 from pocktvm.cli.crash import versions
+from pocktvm.deploy.doctor import Check, remote_checks
+from pocktvm.deploy.ssh import parse_host
 from pocktvm.errors import PockError
 from pocktvm.units import format_bytes
 
@@ -22,22 +25,20 @@ PINNED = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1", "torch
 _FREE_BYTES = 2 * 10**9
 
 
-@dataclass(frozen=True)
-class Check:
-    """One finding; `needed` ones fail the command."""
-
-    name: str
-    ok: bool
-    found: str
-    fix: str = ""
-    needed: bool = True
-
-
 def doctor(
+    ssh: Annotated[
+        str | None,
+        typer.Option(
+            parser=lambda text: options.refuse(parse_host, text), metavar="USER@HOST",
+            help="a device to look at, too",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
 ) -> None:
-    """Check Python, the pinned packages, the linker, emulators, and disk space."""
-    checks = [*_packages(), _linker(), _space(), *_devices()]
+    """Check Python, the pinned packages, the linker, ssh, emulators, disk space; a device."""
+    checks = [*_packages(), _linker(), _space(), _ssh(ssh is not None), *_devices()]
+    if ssh is not None and shutil.which("ssh"):
+        checks += remote_checks(ssh)
     if as_json:
         print(json.dumps({"ok": _ok(checks), "checks": [asdict(c) for c in checks]}))
     else:
@@ -79,6 +80,12 @@ def _linker() -> Check:
 def _space() -> Check:
     free = shutil.disk_usage(Path.cwd()).free
     return Check("disk", free > _FREE_BYTES, f"{format_bytes(free)} free here", "free 2 GB")
+
+
+def _ssh(needed: bool) -> Check:
+    program = shutil.which("ssh")
+    found = program or "not found: `pocktvm deploy` needs it"
+    return Check("ssh", program is not None, found, "apt-get install openssh-client", needed)
 
 
 def _devices() -> Iterator[Check]:

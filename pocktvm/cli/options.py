@@ -13,17 +13,17 @@ from pocktvm.units import parse_bytes, parse_seconds
 
 def size(text: str) -> int:
     """`64MB`, `64MiB` -> bytes."""
-    return _refuse(parse_bytes, text)
+    return refuse(parse_bytes, text)
 
 
 def seconds(text: str) -> float:
     """`1s`, `500ms` -> seconds."""
-    return _refuse(parse_seconds, text)
+    return refuse(parse_seconds, text)
 
 
 def rate(text: str) -> float:
     """A learning rate: finite and not negative."""
-    return _refuse(_rate, text)
+    return refuse(_rate, text)
 
 
 def _rate(text: str) -> float:
@@ -33,7 +33,8 @@ def _rate(text: str) -> float:
     return value
 
 
-def _refuse(parse: Callable[[str], Any], text: Any) -> Any:
+def refuse(parse: Callable[[str], Any], text: Any) -> Any:
+    """What `parse` makes of an option; its ValueError is the parser's complaint."""
     if not isinstance(text, str):  # a default passes through the parser, too
         return text
     try:

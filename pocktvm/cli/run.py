@@ -92,7 +92,7 @@ def _start(command: list[str], *, as_json: bool, emulated: bool) -> None:
     with Progress() as bar:
         code, stdout = wait_for(
             [*command, *(["--progress"] if bar.visible else [])],
-            lambda line: _show_line(bar, line),
+            lambda line: show_line(bar, line),
         )
     if as_json and stdout:
         print(json.dumps(_facts(stdout, emulated)))
@@ -101,7 +101,7 @@ def _start(command: list[str], *, as_json: bool, emulated: bool) -> None:
     _check_code(code, command)
 
 
-def _show_line(bar: Progress, line: str) -> None:
+def show_line(bar: Progress, line: str) -> None:
     """`progress STEP TOTAL LOSS MS` moves the bar; anything else is a message."""
     words = line.split()
     if len(words) == 5 and words[0] == "progress":
