@@ -11,6 +11,7 @@ from pocktvm.ir.graph import Node, Value
 from pocktvm.schedule.rules.conv import Conv
 from pocktvm.schedule.rules.conv_input_grad import ConvInputGrad
 from pocktvm.schedule.rules.conv_weight_grad import ConvWeightGrad
+from pocktvm.schedule.rules.winograd import WinogradConv
 
 # n, h, w, cin, cout, kernel, stride, padding (t,l,b,r), dilation, groups
 SHAPES = [
@@ -111,3 +112,24 @@ def test_weight_gradient_with_update(shape, isa, block):
     node = Node("group", ("x", "dy", "lr", "w"), ("z",), about, "", body)
     types = values(x=x, dy=y, dw=w, w=w, lr=(), t=w, z=w)
     check_rule(node, types, ConvWeightGrad(), host(*isa), block=block)
+
+
+@pytest.mark.parametrize(
+    "m, n, h, w, cin, cout, padding, isa",
+    [
+        (4, 2, 12, 9, 32, 48, (1, 1, 1, 1), TARGETS[0]),
+        (2, 1, 7, 5, 37, 33, (0, 2, 1, 1), TARGETS[1]),
+        (4, 3, 4, 4, 34, 40, (1, 1, 1, 1), TARGETS[2]),
+        (2, 2, 1, 3, 32, 32, (1, 1, 1, 1), TARGETS[0]),
+        (4, 1, 45, 45, 32, 32, (1, 1, 1, 1), TARGETS[0]),
+    ],
+)
+def test_winograd(m, n, h, w, cin, cout, padding, isa):
+    shape = (n, h, w, cin, cout, (3, 3), (1, 1), padding, (1, 1), 1)
+    x, k, y, attrs = geometry(shape)
+    types = values(x=x, w=k, dy=y, y=y, z=y, dx=x)
+    body = (Node("conv2d", ("x", "w"), ("y",), attrs), Node("add", ("y", "dy"), ("z",)))
+    node = Node("group", ("x", "w", "dy"), ("z",), {"anchor": 0, "kind": "conv2d"}, "", body)
+    check_rule(node, types, WinogradConv(), host(*isa), frozen=("w",), m=m, tolerance=1e-4)
+    node = Node("conv2d_input_grad", ("dy", "w"), ("dx",), attrs)
+    check_rule(node, types, WinogradConv(), host(*isa), frozen=("w",), m=m, tolerance=1e-4)

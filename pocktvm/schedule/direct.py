@@ -16,12 +16,13 @@ value is one broadcast (or one lane) for all its vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pocktvm.ir.target import Isa
 from pocktvm.schedule import emit
+from pocktvm.schedule.dot import Dot, written
 from pocktvm.schedule.emit import Context
 from pocktvm.schedule.expression import Position, finish
 from pocktvm.schedule.spatial import outer
@@ -199,30 +200,14 @@ class _Row:
 
     def code(self, columns: Axis, runs: Sequence[Run]) -> int:
         """Multiply-adds written out for a row of one phase, whole and last panels together."""
-        conv, depth, total = self.conv, self.conv.depth, 0
+        conv, total = self.conv, 0
         widths = {min(self.tile.nr, conv.width), conv.width % self.tile.nr}
         vectors = sum(len(emit.vectors(width, self.ctx.lanes)) for width in widths)
         for run in runs:
-            if run.whole:
-                total += run.width * self.written(depth * columns.taps)
-            else:
-                total += sum(len(p) for p in run.pixels) * self.written(depth)
+            taps = columns.taps if run.whole else 1  # of those, all are one sum
+            rows = run.width if run.whole else sum(len(p) for p in run.pixels)
+            total += rows * written(self.ctx, conv.depth * taps, self.tile.unroll)
         return total * self.tile.images * vectors
-
-    def written(self, count: int) -> int:
-        """Values of k written out for a sum of `count`; the rest is a loop."""
-        unroll = self.unroll
-        return count if count // unroll <= 2 else unroll + count % unroll
-
-    @property
-    def unroll(self) -> int:
-        """Values of k taken at a time."""
-        return 4 if self.by_lane else self.tile.unroll
-
-    @property
-    def by_lane(self) -> bool:
-        """Multiply by one lane of four source values, where the target has such an instruction."""
-        return self.ctx.task.target.isa.lane_fma and self.ctx.lanes == 4
 
     def block(
         self, rows: Axis, columns: Axis, bounds: tuple[Expr, Expr], run: Run, x: Expr,
@@ -241,8 +226,9 @@ class _Row:
                 emit.store(acc, i * width + start, emit.const(0.0, lanes), lanes)
         origin, stride = self.weights.at(conv, self.group, self.panel, self.tile.nr, width)
         origin = T.bind(origin)
-        dot = _Dot(self, acc, vectors, stride, [b * h * w * c + r * columns.step * c
-                                                for b, r in keys])  # fmt: skip
+        offsets = [b * h * w * c + r * columns.step * c for b, r in keys]
+        dot = Dot(self.ctx, self.ctx.buffers[conv.source], self.weights.buffer, acc, vectors,
+                  stride, offsets, self.tile.unroll)  # fmt: skip
         kw, depth = conv.kernel[1], conv.depth
         if rows.taps and columns.taps:
             with T.serial(*bounds) as ty:
@@ -281,66 +267,3 @@ class _Row:
                 value = emit.load(acc, i * width + start, lanes)
                 at = Position(self.conv.result_shape, row, c0 + start, lanes)
                 finish(self.ctx, {self.conv.result: value}, at)
-
-
-@dataclass
-class _Dot:
-    """acc[pixel] += sum over k of source[pixel + k] * weights[k]."""
-
-    row: _Row
-    acc: Any
-    vectors: Sequence[tuple[int, int]]
-    stride: int
-    pixels: Sequence[int]  # offset of every pixel in the source
-
-    def emit(self, x: Expr, w: Expr, count: int, chosen: Sequence[int]) -> None:
-        """A loop over `count` consecutive source values, for the chosen pixels."""
-        if not chosen:
-            return
-        unroll = self.row.unroll
-        step: Callable[[Expr, Expr, Sequence[int]], None] = self.scalars
-        if self.row.by_lane:
-            step = self.lanes
-        whole = count // unroll
-        if whole <= 2:
-            for k in range(whole):
-                step(x + k * unroll, w + k * unroll * self.stride, chosen)
-        else:
-            with T.serial(0, whole) as k:
-                step(x + k * unroll, w + k * (unroll * self.stride), chosen)
-        for k in range(whole * unroll, count):
-            self.one(x + k, w + k * self.stride, chosen)
-
-    def scalars(self, x: Expr, w: Expr, chosen: Sequence[int]) -> None:
-        """`unroll` values of k, each pixel's value broadcast."""
-        for u in range(self.row.tile.unroll):
-            self.one(x + u, w + u * self.stride, chosen)
-
-    def one(self, x: Expr, w: Expr, chosen: Sequence[int]) -> None:
-        """One value of k."""
-        source = self.row.ctx.buffers[self.row.conv.source]
-        for i in chosen:
-            value = emit.load(source, x + self.pixels[i], 1)
-            self.fma(i, w, lambda lanes, value=value: emit.splat(value, lanes))  # type: ignore[misc]
-
-    def lanes(self, x: Expr, w: Expr, chosen: Sequence[int]) -> None:
-        """Four values of k: each pixel's four in one register, multiplied by lane."""
-        source = self.row.ctx.buffers[self.row.conv.source]
-        four = {i: T.bind(emit.load(source, x + self.pixels[i], 4)) for i in chosen}
-        for u in range(4):
-            for i in chosen:
-                self.fma(i, w + u * self.stride,
-                         lambda lanes, a=four[i], u=u: _lane(a, u, lanes))  # type: ignore[misc] # fmt: skip
-
-    def fma(self, i: int, w: Expr, value: Callable[[int], Expr]) -> None:
-        """acc[i] += value * weights, on every vector of the panel."""
-        base = i * (self.vectors[-1][0] + self.vectors[-1][1])
-        for start, lanes in self.vectors:
-            weight = emit.load(self.row.weights.buffer, w + start, lanes)
-            total = emit.load(self.acc, base + start, lanes) + value(lanes) * weight
-            emit.store(self.acc, base + start, total, lanes)
-
-
-def _lane(vector: Expr, lane: int, width: int) -> Expr:
-    return tirx.Shuffle([vector], [lane] * width) if width > 1 else tirx.Shuffle([vector], [lane])
-

@@ -9,7 +9,7 @@ power of two up to the target's lanes, so tails are narrower vectors, not masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +42,15 @@ class Context:
 
 
 def build(
-    task: Task, body: Callable[[Context], None], workspaces: tuple[tuple[int, str], ...] = ()
+    task: Task,
+    body: Callable[[Context], None],
+    workspaces: tuple[tuple[int, str], ...] = (),
+    sizes: Mapping[str, int] | None = None,
 ) -> Any:
-    """The PrimFunc of a task: flat buffers for inputs, outputs and workspaces around `body`."""
+    """The PrimFunc of a task: flat buffers for inputs, outputs and workspaces around `body`.
+
+    `sizes`: elements of inputs whose packed form is larger than the value itself.
+    """
     with IRBuilder() as builder, T.prim_func():
         T.func_name("main")
         T.func_attr(
@@ -57,7 +63,8 @@ def build(
         buffers: dict[str, Any] = {}
         for number, name in enumerate((*task.node.inputs, *task.node.outputs)):
             value = task.values[name]
-            buffer = T.arg(f"a{number}", T.Buffer((max(value.size, 1),), value.dtype))
+            size = (sizes or {}).get(name, max(value.size, 1))
+            buffer = T.arg(f"a{number}", T.Buffer((size,), value.dtype))
             buffers.setdefault(name, buffer)
         scratch = [
             T.arg(f"w{i}", T.Buffer((size,), dtype)) for i, (size, dtype) in enumerate(workspaces)

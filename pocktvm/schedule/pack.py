@@ -56,3 +56,30 @@ def conv_panels(array: np.ndarray, *, nr: int, groups: int = 1, swap: bool = Fal
         part = part.transpose(0, 2, 1) if swap else part
         pieces.append(panels(part, nr=nr))
     return np.concatenate(pieces)
+
+
+_WINOGRAD_G = {
+    2: [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
+    4: [
+        [1 / 4, 0, 0],
+        [-1 / 6, -1 / 6, -1 / 6],
+        [-1 / 6, 1 / 6, -1 / 6],
+        [1 / 24, 1 / 12, 1 / 6],
+        [1 / 24, -1 / 12, 1 / 6],
+        [0, 0, 1],
+    ],
+}
+
+
+@packer
+def winograd_panels(array: np.ndarray, *, m: int, nr: int, swap: bool = False) -> np.ndarray:
+    """3x3 HWIO weights transformed, G w G^T, as [plane][panel][depth][panel width].
+
+    With `swap` for the input gradient: taps flipped, panels over I, depth O. Computed in float64.
+    """
+    weights = array.astype(np.float64)
+    if swap:
+        weights = weights[::-1, ::-1].transpose(0, 1, 3, 2)
+    g = np.array(_WINOGRAD_G[m])
+    planes = np.einsum("ia,abco,jb->ijco", g, weights, g).reshape(-1, *weights.shape[2:])
+    return np.concatenate([panels(plane, nr=nr) for plane in planes]).astype(array.dtype)

@@ -17,6 +17,7 @@ from pocktvm.schedule.rules.pool import Pool
 from pocktvm.schedule.rules.reduce import Reduce
 from pocktvm.schedule.rules.resize import Resize
 from pocktvm.schedule.rules.rows import RowOperators
+from pocktvm.schedule.rules.winograd import WinogradConv
 
 RULES: tuple[Rule, ...] = (
     Elementwise(),
@@ -25,6 +26,7 @@ RULES: tuple[Rule, ...] = (
     DepthwiseConv(),
     DepthwiseInputGrad(),
     DepthwiseWeightGrad(),
+    WinogradConv(),
     Conv(),
     ConvInputGrad(),
     ConvWeightGrad(),
