@@ -94,7 +94,7 @@ def compile(
 
     stages.enter("compile kernels")
     compiler = KernelCompiler(knobs_for=Records(device).knobs)
-    kernels = schedule(graphs, device, progress=stages.detail, compiler=compiler)
+    kernels = schedule(graphs, device.within(limit), progress=stages.detail, compiler=compiler)
 
     stages.enter("plan memory")
     plan = memory.plan(kernels)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 from schedule_harness import check_rule, host
 
 from pocktvm.ir.graph import Node, Value
+from pocktvm.schedule.rule import Task
 from pocktvm.schedule.rules.conv import Conv
 from pocktvm.schedule.rules.conv_input_grad import ConvInputGrad
 from pocktvm.schedule.rules.conv_weight_grad import ConvWeightGrad
@@ -133,3 +135,16 @@ def test_winograd(m, n, h, w, cin, cout, padding, isa):
     check_rule(node, types, WinogradConv(), host(*isa), frozen=("w",), m=m, tolerance=1e-4)
     node = Node("conv2d_input_grad", ("dy", "w"), ("dx",), attrs)
     check_rule(node, types, WinogradConv(), host(*isa), frozen=("w",), m=m, tolerance=1e-4)
+
+
+def test_winograd_declines_and_says_why():
+    x, k, y, attrs = geometry((1, 8, 8, 64, 64, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1))
+    node = Node("conv2d", ("x", "w"), ("y",), attrs)
+    task = Task(node, values(x=x, w=k, y=y), {}, frozenset({1}), host(8))
+    rule = WinogradConv()
+    assert rule.decline(task) is None
+    assert "trained" in rule.decline(dataclasses.replace(task, frozen=frozenset()))
+    small = dataclasses.replace(task, target=task.target.within(64_000_000))
+    assert "would grow" in rule.decline(small)
+    strided = dataclasses.replace(node, attrs={**attrs, "strides": (2, 2)})
+    assert "strides" in rule.decline(dataclasses.replace(task, node=strided))

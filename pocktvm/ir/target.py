@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -51,6 +51,13 @@ class Target:
     arch: str = ""
     os: str = "linux"
     sources: Mapping[str, str] = field(default_factory=dict)
+
+    def within(self, limit: int | None) -> Target:
+        """The device as a build with a budget sees it: rules that trade memory for speed ask how
+        much there is."""
+        if limit is None or limit >= self.memory_bytes:
+            return self
+        return replace(self, memory_bytes=limit)
 
     @property
     def is_host(self) -> bool:

@@ -17,7 +17,7 @@ from pocktvm.schedule.spatial import anchor_of, decline_spatial
 from pocktvm.schedule.window import Window
 from pocktvm.schedule.winograd import Winograd, emit_winograd
 
-MEMORY_SHARE = 256  # transformed weights of one layer: at most this part of the device's memory
+MEMORY_SHARE = 512  # transformed weights of one layer: at most this part of the device's memory
 LEAST_CHANNELS = 32  # below, the transforms cost what the products save
 
 
