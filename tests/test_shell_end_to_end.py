@@ -16,14 +16,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from pocktvm.manifest import read_manifest
+from pocktvm.targets import list_targets
 
 pytestmark = pytest.mark.build
 ROOT = Path(__file__).parent.parent
 BATCH, SAMPLES = 8, 19
-QEMU = pytest.mark.skipif(
-    shutil.which("qemu-aarch64") is None or not Path("/usr/aarch64-linux-gnu").is_dir(),
-    reason="no qemu-user or no libc6-arm64-cross",
-)
 
 
 def cli(*words: object, code: int = 0, **options) -> subprocess.CompletedProcess:
@@ -247,11 +244,25 @@ def test_the_users_own_function(place):
     assert read_manifest(folder)["batch"] == 4
 
 
-@QEMU
+def emulators() -> list:
+    """Targets with an emulator, those that cannot run here skipped with the reason."""
+    cases = []
+    for target in list_targets():
+        if not target.emulator:
+            continue
+        folder = target.emulator[target.emulator.index("-L") + 1]
+        missing = [p for p in (target.emulator[0],) if shutil.which(p) is None]
+        missing += [] if Path(folder).is_dir() else [folder]
+        skip = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+        cases.append(pytest.param(target.name, marks=skip))
+    return cases
+
+
 @pytest.mark.emulated
-def test_rpi4_gives_the_hosts_losses(artifact, place):
-    out = place / "rpi4"
-    words = ("--target", "rpi4", "--scheme", "full", "--batch", BATCH, "--optimizer", "adam")
+@pytest.mark.parametrize("target", emulators())
+def test_emulated_targets_give_the_hosts_losses(artifact, place, target):
+    out = place / target
+    words = ("--target", target, "--scheme", "full", "--batch", BATCH, "--optimizer", "adam")
     cli("build", "mlp", *words, "-o", out)
     emulated, native = (facts("run", folder, "--steps", 5) for folder in (out, artifact))
     assert emulated["emulated"] is True and emulated["peak_rss_bytes"] is None

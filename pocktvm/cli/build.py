@@ -57,7 +57,8 @@ def build(
     }  # fmt: skip
     device = _check(target, scheme, weights)
     folder = out or Path("build") / device.name / model_name(model)
-    key = fingerprint({**wanted, "target": device}, _files(model, scheme, weights))
+    files = [*_files(model, scheme, weights), *_records(device)]
+    key = fingerprint({**wanted, "target": device}, files)
     current = not force and is_current(folder, key)
     if not current:
         started = time.monotonic()
@@ -98,6 +99,13 @@ def _files(model: str, scheme: str, weights: Path | None) -> list[Path]:
     source = model.rpartition(":")[0] if ".py:" in model else model
     names = [source, scheme if scheme.endswith(".toml") else "", str(weights or "")]
     return [Path(n).resolve() for n in names if n and Path(n).is_file()]
+
+
+def _records(target: Target) -> list[Path]:
+    """What tuning found for this target so far."""
+    from pocktvm.tuning.logs import logs_dir
+
+    return sorted((logs_dir() / target.name).glob("*.json"))
 
 
 def _compile(wanted: dict[str, Any], target: Target, weights: Path | None, folder: Path) -> None:

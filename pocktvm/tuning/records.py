@@ -18,6 +18,7 @@ from typing import Any
 from pocktvm.errors import PockError
 from pocktvm.ir.target import Target
 from pocktvm.schedule.rule import Knob, Rule, Task
+from pocktvm.tuning.logs import logs_dir
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,6 @@ class Record:
     default_seconds: float
     trials: int
     versions: Mapping[str, str] = field(default_factory=dict)
-
-
-def logs_dir() -> Path:
-    """$POCKTVM_TUNING_LOGS, else `tuning_logs/` of the checkout, else the user's cache."""
-    if path := os.environ.get("POCKTVM_TUNING_LOGS"):
-        return Path(path)
-    checkout = Path(__file__).parents[2]
-    if (checkout / "pyproject.toml").exists():
-        return checkout / "tuning_logs"
-    return Path.home() / ".cache" / "pocktvm" / "tuning_logs"
 
 
 def task_key(task: Task) -> str:
