@@ -22,7 +22,7 @@ from typing import Any
 
 from pocktvm.ir.target import Isa
 from pocktvm.schedule import emit
-from pocktvm.schedule.dot import Dot, written
+from pocktvm.schedule.dot import Dot, best_unroll, max_rows, tile_cycles, written
 from pocktvm.schedule.emit import Context
 from pocktvm.schedule.expression import Position, finish
 from pocktvm.schedule.spatial import outer
@@ -92,13 +92,13 @@ class Tile:
 
 
 def choose_tile(conv: Direct, isa: Isa) -> Tile:
-    """The tile with the fewest cycles a pixel by a simple port model (2 loads, 2 FMAs a cycle)."""
+    """The tile with the fewest cycles a pixel (dot.tile_cycles)."""
     batch = conv.result_shape[0]
     columns = max(columns.out for _, columns in conv.phases)
     lanes, best = isa.lanes, (float("inf"), 0, Tile(1, 1, isa.lanes))
     widths = emit.vectors(conv.width, lanes)
     for v in range(1, min(len(widths), 6) + 1):
-        limit = max_pixels(isa, v)
+        limit = max_rows(isa, v)
         if limit < 1:
             continue
         pixels, images = columns, 1
@@ -108,21 +108,13 @@ def choose_tile(conv: Direct, isa: Isa) -> Tile:
             images = max(d for d in range(1, max(1, limit // columns) + 1) if batch % d == 0)
         p = pixels * images
         panels = [v] * (len(widths) // v) + ([len(widths) % v] if len(widths) % v else [])
-        loads = p / 4 if isa.lane_fma else p
-        cycles = sum(max(p * u / 2, (loads + u) / 2, 4) for u in panels) / p
+        cycles = sum(tile_cycles(isa, p, u) for u in panels) / p
         candidate = (cycles, -p * v, Tile(pixels, images, v * lanes))
         best = min(best, candidate, key=lambda c: c[:2])
     tile = best[2]
     weights = conv.kernel[0] * conv.kernel[1] * conv.depth * conv.width * 4
-    unroll = 4 if tile.pixels * tile.images * tile.nr // lanes <= 16 or isa.lane_fma else 2
+    unroll = best_unroll(isa, tile.pixels * tile.images * tile.nr // lanes)
     return Tile(tile.pixels, tile.images, tile.nr, unroll, weights > isa.l2_bytes // 2)
-
-
-def max_pixels(isa: Isa, vectors: int) -> int:
-    """Pixels whose accumulators, with `vectors` weights and the source values, fit registers."""
-    if isa.lane_fma:  # one register a pixel holds four values of k
-        return (isa.vector_registers - vectors) // (vectors + 1)
-    return (isa.vector_registers - vectors - 2) // vectors
 
 
 def emit_direct(ctx: Context, conv: Direct, weights: Weights, tile: Tile) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pocktvm.ir.target import Isa
 from pocktvm.schedule import emit
 from pocktvm.schedule.emit import Context
 from pocktvm.tvm_api import T, tirx
@@ -26,6 +27,28 @@ def written(ctx: Context, count: int, unroll: int) -> int:
     """How many values of k are written out for a sum of `count`; the rest is a loop."""
     unroll = 4 if by_lane(ctx) else unroll
     return count if count // unroll <= 2 else unroll + count % unroll
+
+
+def tile_cycles(isa: Isa, rows: int, vectors: int) -> float:
+    """Cycles of one k of a register tile, by a simple port model: two loads and two multiply-adds
+    a cycle, which take four; loads count a little even where they hide."""
+    loads = (rows / 4 if isa.lane_fma else rows) + vectors
+    return max(rows * vectors / 2, loads / 2, 4) + loads / 16
+
+
+def max_rows(isa: Isa, vectors: int) -> int:
+    """Rows whose accumulators, with `vectors` weights and the source values, fit registers."""
+    if isa.lane_fma:  # one register a row holds four values of k
+        return (isa.vector_registers - vectors - 1) // (vectors + 1)
+    return (isa.vector_registers - vectors - 2) // vectors
+
+
+def best_unroll(isa: Isa, accumulators: int) -> int:
+    """Values of k written out. Sixteen short registers are too few: LLVM loads ahead and spills
+    (ARMv7: 4.8 instructions a multiply-add instead of 2.4)."""
+    if isa.vector_registers <= 16 and isa.lanes <= 4:
+        return 1
+    return 4 if accumulators <= 16 else 2
 
 
 @dataclass

@@ -17,6 +17,7 @@ from typing import Any
 
 from pocktvm.ir.target import Isa
 from pocktvm.schedule import emit
+from pocktvm.schedule.dot import tile_cycles
 from pocktvm.schedule.emit import Context
 from pocktvm.schedule.expression import Position, finish
 from pocktvm.schedule.loops import workers, worth_threads
@@ -70,7 +71,7 @@ class Tile:
 
 
 def choose_tile(grad: WeightGrad, isa: Isa) -> Tile:
-    """The tile with the fewest cycles by the port model of schedule/direct.py."""
+    """The tile with the fewest cycles (dot.tile_cycles)."""
     widths, best = len(emit.vectors(grad.width, isa.lanes)), (float("inf"), 0, 1, 1)
     for v in range(1, min(widths, 6) + 1):
         limit = (isa.vector_registers - v - 2) // v
@@ -81,11 +82,7 @@ def choose_tile(grad: WeightGrad, isa: Isa) -> Tile:
             mr = max(4, min(limit, -(-mr // 4) * 4) // 4 * 4)
         heights = _pieces(grad.depth, mr)
         panels = _pieces(widths, v)
-        cycles = sum(
-            max(p * u / 2, ((p / 4 if isa.lane_fma else p) + u) / 2, 4)
-            for p in heights
-            for u in panels
-        )
+        cycles = sum(tile_cycles(isa, p, u) for p in heights for u in panels)
         best = min(best, (cycles, -mr * v, mr, v))
     mr, v = best[2:]
     nr = v * isa.lanes

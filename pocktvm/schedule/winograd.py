@@ -22,8 +22,7 @@ from typing import Any
 from pocktvm.ir.target import Isa
 from pocktvm.schedule import emit
 from pocktvm.schedule.depthwise import each_block
-from pocktvm.schedule.direct import max_pixels
-from pocktvm.schedule.dot import Dot
+from pocktvm.schedule.dot import Dot, best_unroll, max_rows, tile_cycles
 from pocktvm.schedule.emit import Context, const
 from pocktvm.schedule.expression import Position, finish
 from pocktvm.schedule.loops import grid, tile_at, tiles, workers, worth_threads
@@ -92,12 +91,11 @@ class Winograd:
         best = (float("inf"), 1, lanes)
         count = len(emit.vectors(self.width, lanes))
         for v in range(1, min(count, 6) + 1):
-            rows = min(max_pixels(self.isa, v), self.tiles)
+            rows = min(max_rows(self.isa, v), self.tiles)
             if rows < 1:
                 continue
             panels = [v] * (count // v) + ([count % v] if count % v else [])
-            loads = rows / 4 if self.isa.lane_fma else rows
-            cycles = sum(max(rows * u / 2, (loads + u) / 2, 4) for u in panels) / rows
+            cycles = sum(tile_cycles(self.isa, rows, u) for u in panels) / rows
             best = min(best, (cycles, rows, v * lanes))
         return best[1], best[2]
 
@@ -257,7 +255,8 @@ class _Block:
                 for at, lanes in pieces:
                     emit.store(acc, at, const(0.0, lanes), lanes)
                 dot = Dot(self.ctx, self.ctx.workspaces[0], self.ctx.buffers[conv.weight], acc,
-                          vectors, width, [r * conv.depth for r in range(rows)], 4)  # fmt: skip
+                          vectors, width, [r * conv.depth for r in range(rows)],
+                          best_unroll(conv.isa, 16))  # fmt: skip
                 dot.emit(inputs + row * conv.depth, weights, conv.depth, range(rows))
                 target = T.bind(products + row * conv.width + column)
                 for at, lanes in pieces:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pocktvm.schedule import emit
-from pocktvm.schedule.direct import Direct, Tile, Weights, choose_tile, emit_direct, max_pixels
+from pocktvm.schedule.direct import Direct, Tile, Weights, choose_tile, emit_direct
+from pocktvm.schedule.dot import max_rows
 from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.rule import Emitted, Knob, Pack, Task
 from pocktvm.schedule.spatial import anchor_of, decline_spatial
@@ -57,7 +58,7 @@ def tile_knobs(conv: Direct, task: Task) -> dict[str, Knob]:
     """Knobs named like Tile's fields, around the tile chosen by the model."""
     isa = task.target.isa
     best = choose_tile(conv, isa)
-    limit = max(1, max_pixels(isa, best.nr // isa.lanes))
+    limit = max(1, max_rows(isa, best.nr // isa.lanes))
     return {
         "pixels": _knob(best.pixels, *range(max(1, limit // 2), limit + 1)),
         "images": _knob(best.images),

@@ -93,6 +93,8 @@ def decline_groups(task: Task, channels: int, other: str) -> str | None:
 def fit_tile(task: Task, conv: Depthwise, wish: Sequence[int]) -> Tile:
     """The wished (pixels, vectors), moved towards pixels where there are few channels."""
     pixels, vectors = wish
+    if task.target.isa.vector_registers <= 16 and task.target.isa.lanes <= 4:
+        pixels, vectors = 4, 1  # ARMv7: 2.8 instructions a multiply-add, 5.1 with more
     have = max(1, -(-conv.result_shape[3] // task.target.isa.lanes))
     if have < vectors:
         pixels, vectors = pixels * vectors // have, have
