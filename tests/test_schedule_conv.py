@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import pytest
 from schedule_harness import check_rule, host
@@ -31,7 +30,7 @@ SHAPES = [
 ]
 TARGETS = [(16, False), (8, False), (4, True), (1, False)]
 CASES = [(s, TARGETS[(i + i // 4) % 4]) for i, s in enumerate(SHAPES)]
-CASES += list(itertools.product(SHAPES[1:3], TARGETS[:3]))
+CASES += [(SHAPES[1], TARGETS[0]), (SHAPES[2], TARGETS[2])]
 
 
 def geometry(shape):

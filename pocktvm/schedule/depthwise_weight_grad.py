@@ -121,8 +121,7 @@ class _Part:
         high = min(oh, max(1, BLOCK_BYTES // row_bytes))
         blocks = -(-oh // high)
         with T.serial(0, kh * kw) as t:
-            self.each(lambda c, v: [emit.store(self.sums, self.sums0 + t * self.width + c + s,
-                                               emit.const(0.0, w), w) for s, w in v])  # fmt: skip
+            self.each(lambda c, v: self.clear(t, c, v))
         with T.serial(0, n * blocks) as b:
             image, row = T.bind(b // blocks), T.bind(b % blocks * high)
             end = T.bind(tirx.Min(row + high, tirx.const(oh, "int32")))
@@ -135,6 +134,12 @@ class _Part:
     def each(self, body: Any) -> None:
         """`body(channel within the part, vectors)` over the part."""
         each_block(self.width, self.ctx.lanes, self.tile.vectors, body)
+
+    def clear(self, t: Expr, c: Expr, vectors: Vectors) -> None:
+        """Zero the sums of one tap."""
+        for start, lanes in vectors:
+            at = self.sums0 + t * self.width + c + start
+            emit.store(self.sums, at, emit.const(0.0, lanes), lanes)
 
     def finish(self, t: Expr, c: Expr, vectors: Vectors) -> None:
         """Epilogue and stores of one tap."""

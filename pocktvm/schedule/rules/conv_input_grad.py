@@ -42,7 +42,8 @@ class ConvInputGrad:
         conv, tile, node = describe(task), Tile(**knobs), anchor_of(task)
         weight = node.inputs[1]
         frozen = task.is_frozen(weight)
-        pack, workspaces = {}, ()
+        pack: dict[int, Pack] = {}
+        workspaces: tuple[tuple[int, str], ...] = ()
         if frozen:
             params = {"nr": tile.nr, "groups": conv.groups, "swap": True}
             pack[task.node.inputs.index(weight)] = Pack("conv_panels", params)

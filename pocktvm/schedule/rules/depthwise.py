@@ -14,7 +14,7 @@ from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.rule import Emitted, Knob, Task
 from pocktvm.schedule.rules.conv_weight_grad import describe as describe_weight_grad
 from pocktvm.schedule.spatial import anchor_of, decline_spatial
-from pocktvm.schedule.window import Window
+from pocktvm.schedule.window import Axis, Window
 
 
 class DepthwiseConv:
@@ -50,7 +50,7 @@ class DepthwiseConv:
         node = anchor_of(task)
         x, w, y = (task.shape(name) for name in (*node.inputs, node.outputs[0]))
         rows, columns = Window.of(node.attrs).forward(y[1:3], x[1:3], w[:2])
-        return Depthwise(*node.inputs, node.outputs[0], x, y, (w[0], w[1]), ((rows, columns),))
+        return _described(task, ((rows, columns),))
 
     def tile(self, task: Task) -> Tile:
         """8 pixels of one vector share the weights; strides share less, wide maps are bound by
@@ -73,13 +73,22 @@ class DepthwiseInputGrad(DepthwiseConv):
         dy, w, dx = (task.shape(name) for name in (*node.inputs, node.outputs[0]))
         rows, columns = Window.of(node.attrs).gradient(dx[1:3], dy[1:3], w[:2])
         phases = tuple((r, c) for r in rows for c in columns)
-        return Depthwise(*node.inputs, node.outputs[0], dy, dx, (w[0], w[1]), phases)
+        return _described(task, phases)
 
     def tile(self, task: Task) -> Tile:
         """8 pixels of one vector; 3 x 2 for phases of wide maps."""
         conv = self.describe(task)
         phases = len(conv.phases) > 1 and conv.result_shape[2] >= 32
         return fit_tile(task, conv, (3, 2) if phases else (8, 1))
+
+
+def _described(task: Task, phases: tuple[tuple[Axis, Axis], ...]) -> Depthwise:
+    node = anchor_of(task)
+    (source, weight), result = node.inputs[:2], node.outputs[0]
+    kh, kw = task.shape(weight)[:2]
+    return Depthwise(
+        source, weight, result, task.shape(source), task.shape(result), (kh, kw), phases
+    )
 
 
 def decline_groups(task: Task, channels: int, other: str) -> str | None:
