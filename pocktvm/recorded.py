@@ -28,11 +28,11 @@ def record_self_test(
     batch = synthetic_batch(inputs)
     lr = float(optimizer.lr)
     read = {n: batch[n] for n in predict.inputs}
-    output = evaluate(predict, read, lr=lr).outputs["output"]
+    output = evaluate(predict, read, lr=lr, keep=False).outputs["output"]
     params: dict[str, np.ndarray] | None = None
     losses = []
     for t in range(1, steps + 1):
-        result = evaluate(step, batch, params=params, lr=lr, t=t)
+        result = evaluate(step, batch, params=params, lr=lr, t=t, keep=False)
         losses.append(float(result.outputs["loss"]))
         params = {**(params or {}), **result.updates}
     return SelfTest(batch, tuple(losses), output, lr)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+
 import pytest
 import torch
 
 import pocktvm
+from pocktvm.frontend.resolve import resolve_model
 from tests.equality import (
     REDUCED,
     SCHEMES,
@@ -17,7 +22,9 @@ from tests.equality import (
 )
 
 FAST = {"mlp", "cnn", "mobilenetv2", "bert", "llama"}
-LR = 0.01
+# ReLU6 networks at batch 2 are chaotic at larger rates: float32 and float64 torch part, too.
+LR = {"mobilenetv2": 3e-4, "mcunet": 3e-4}
+DEFAULT_LR = 0.01
 
 
 def check(model: str, scheme: str, optimizer, make_optimizer, lr, exempt=lambda name: False):
@@ -46,7 +53,8 @@ def check(model: str, scheme: str, optimizer, make_optimizer, lr, exempt=lambda 
     "model", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in REDUCED]
 )
 def test_sgd_is_torchs(model, scheme):
-    check(model, scheme, pocktvm.SGD(lr=LR), lambda p: torch.optim.SGD(p, lr=LR), LR)
+    lr = LR.get(model, DEFAULT_LR)
+    check(model, scheme, pocktvm.SGD(lr=lr), lambda p: torch.optim.SGD(p, lr=lr), lr)
 
 
 @pytest.mark.parametrize("model", ["mlp", "mobilenetv2", "bert"])
@@ -55,7 +63,40 @@ def test_adamw_is_torchs(model):
         # The true gradient of an attention key's bias is zero: softmax does not see it.
         return name.endswith((".k.bias", ".key.bias"))
 
+    lr = 1e-4 if model in LR else 1e-3
     check(
-        model, "full", pocktvm.AdamW(lr=1e-3),
-        lambda p: torch.optim.AdamW(p, lr=1e-3), 1e-3, exempt,
+        model, "full", pocktvm.AdamW(lr=lr), lambda p: torch.optim.AdamW(p, lr=lr), lr, exempt
+    )
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("model", ["mobilenetv2", "bert", "llama"])
+def test_a_raspberry_pi_4_gives_the_hosts_losses(model):
+    if shutil.which("qemu-aarch64") is None:
+        pytest.skip("no qemu-aarch64: apt-get install qemu-user libc6-arm64-cross")
+    work, lr = Work.of(*REDUCED[model]), LR.get(model, DEFAULT_LR)
+    losses = {}
+    for target in ("host", "rpi4"):
+        artifact = pocktvm.compile(
+            work.source.module, work.source.example_inputs, target=target, scheme="pockengine",
+            published=work.source.scheme,
+        )  # fmt: skip
+        losses[target], _ = our_run(artifact, work, lr)
+    assert_losses_equal(losses["rpi4"], losses["host"])
+
+
+@pytest.mark.slow
+def test_memory_is_the_plans_and_stays_flat(tmp_path):
+    """MobileNetV2 at 128 px, batch 8: within 10 % of the arena, the same after 1000 steps."""
+    source = resolve_model("mobilenetv2", batch=8)
+    artifact = pocktvm.compile(
+        source.module, source.example_inputs, scheme="pockengine", published=source.scheme,
+        out=tmp_path / "artifact",
     )  # fmt: skip
+    measured = []
+    for steps in (10, 1000):
+        command = [artifact.path / "pocktvm-run", artifact.path, "--steps", str(steps), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        measured.append(json.loads(done.stdout.splitlines()[-1])["measured_bytes"])
+    assert abs(measured[0] - artifact.plan.arena_bytes) <= 0.1 * artifact.plan.arena_bytes
+    assert abs(measured[1] - measured[0]) <= 0.01 * measured[0]

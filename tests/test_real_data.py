@@ -58,12 +58,12 @@ def test_mobilenetv2_learns_photographs():
     weights = data_folder() / "mobilenetv2-1.0" / "mobilenetv2_1.0_imagenet_folded_fp32.safetensors"
     source = resolve_model(f"{MOBILENET},classes=10,head=new", batch=8, weights=weights)
     (x, y), (x_test, y_test) = cifar(480, "train"), cifar(200, "test")
-    with compiled(source, "pockengine", pocktvm.Adam(lr=1e-3)).load() as trainer:
+    with compiled(source, "pockengine", pocktvm.Adam(lr=3e-4)).load() as trainer:
         before = accuracy(trainer, x_test, y_test, 8)
         for i in range(0, len(x), 8):
             trainer.step(x[i : i + 8], y[i : i + 8])
         after = accuracy(trainer, x_test, y_test, 8)
-    # 200 images: one standard error is 3.5 points; 60 steps reached 0.6 when this was written.
+    # one standard error of 200 images is 3.5 points; torch gains as much at this rate
     assert before < 0.25
     assert after > before + 0.2, (before, after)
 

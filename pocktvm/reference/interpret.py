@@ -31,11 +31,13 @@ def evaluate(
     lr: float = 1e-3,
     t: int = 1,
     dtype: str = "float32",
+    keep: bool = True,
 ) -> Result:
     """Evaluate one step of `graph`, fused or not.
 
     `params` replaces parameters and optimizer states by name, in their stored layout. `t` counts
     steps from 1. `dtype` is what floating values are computed in; float64 serves differences.
+    Without `keep` a value is dropped after its last reader, and `values` holds only results.
     """
     missing = [name for name in graph.inputs if name not in inputs]
     if missing:
@@ -46,15 +48,31 @@ def evaluate(
     sources |= dict(graph.consts)
     sources |= {name: np.asarray(a) for name, a in (params or {}).items() if name in graph.params}
     tensors = {name: _tensor(a, graph.values[name], dtype) for name, a in sources.items()}
+    dying = {} if keep else _last_reads(graph)
     with torch.no_grad():
-        for node in graph.nodes:
+        for index, node in enumerate(graph.nodes):
             run_node(node, graph.values, tensors, dtype)
+            for name in dying.get(index, ()):
+                del tensors[name]
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     return Result(
         outputs={key: arrays[name] for key, name in graph.outputs.items()},
         updates={param: arrays[name] for param, name in graph.updates.items()},
         values=arrays,
     )
+
+
+def _last_reads(graph: Graph) -> dict[int, list[str]]:
+    """Node index -> values nobody reads after it and nobody asked for."""
+    last: dict[str, int] = {}
+    for index, node in enumerate(graph.nodes):
+        last.update(dict.fromkeys((*node.inputs, *node.outputs), index))
+    results = graph.results()
+    dying: dict[int, list[str]] = {}
+    for name, index in last.items():
+        if name not in results:
+            dying.setdefault(index, []).append(name)
+    return dying
 
 
 def eval_node(

@@ -79,11 +79,15 @@ def _padding(node: Node) -> tuple[int, int, int, int]:
 # Padding is applied apart from the convolution, so that unequal sides need no second path.
 
 
+def _pad(x: Tensor, padding: Sequence[int]) -> Tensor:
+    return F.pad(x, list(padding)) if any(padding) else x  # a pad by nothing would copy
+
+
 @reference("conv2d")
 def conv2d(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
     """y = conv(pad(x), w)."""
     layout = _layout(node)
-    x = F.pad(to_nchw(args[0], layout), _padding(node))
+    x = _pad(to_nchw(args[0], layout), _padding(node))
     y = F.conv2d(x, to_oihw(args[1], layout), **_geometry(node))  # type: ignore[arg-type]
     return from_nchw(y, layout)
 
@@ -100,7 +104,7 @@ def conv2d_input_grad(node: Node, args: Sequence[Tensor], outs: Sequence[Value])
         to_nchw(args[0], layout),
         **_geometry(node),  # type: ignore[arg-type]
     )
-    return from_nchw(F.pad(dx, [-p for p in padding]), layout)
+    return from_nchw(_pad(dx, [-p for p in padding]), layout)
 
 
 @reference("conv2d_weight_grad")
@@ -108,7 +112,7 @@ def conv2d_weight_grad(node: Node, args: Sequence[Tensor], outs: Sequence[Value]
     """dw from the padded input and dy."""
     layout = _layout(node)
     dw = torch.nn.grad.conv2d_weight(
-        F.pad(to_nchw(args[0], layout), _padding(node)),
+        _pad(to_nchw(args[0], layout), _padding(node)),
         oihw_shape(outs[0], layout),
         to_nchw(args[1], layout),
         **_geometry(node),  # type: ignore[arg-type]

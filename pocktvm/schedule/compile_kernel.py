@@ -55,7 +55,7 @@ class KernelCompiler:
         cached = self.cache.get(key)
         if cached is None:
             emitted = rule.emit(task, knobs)
-            data = compile_object(emitted.func, symbol, task)
+            data = compile_object(aliasing_admitted(emitted), symbol, task)
             facts = _facts(emitted)
             self.cache.put(key, data, facts)
         else:
@@ -72,6 +72,15 @@ def choose_rule(task: Task) -> Rule:
             return rule
         reasons.append(f"{rule.name}: {reason}")
     raise NoRule("; ".join(reasons))
+
+
+def aliasing_admitted(emitted: Emitted) -> Any:
+    """The function without the promise that its arguments do not overlap, where they may.
+
+    With one output the promise is kept in effect: each element is read before it is written."""
+    if len(emitted.inplace) > 1:
+        return emitted.func.with_attr("tirx.noalias", False)
+    return emitted.func
 
 
 def compile_object(func: Any, symbol: str, task: Task) -> bytes:

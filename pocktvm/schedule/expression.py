@@ -97,7 +97,8 @@ def evaluate(
             operands.append(values[name])
         dtype = ctx.task.values[node.outputs[0]].dtype
         result = OPS[node.op](operands, node.attrs, at.width, dtype)
-        values[node.outputs[0]] = T.bind(result)
+        # TVM's analyzer cannot bind a vector of booleans to a name
+        values[node.outputs[0]] = result if dtype == "bool" else T.bind(result)
     return values
 
 
