@@ -159,12 +159,11 @@ def logical_not(a: list[Expr], attrs: Mapping[str, Any], width: int, dtype: str)
 def astype(a: list[Expr], attrs: Mapping[str, Any], width: int, dtype: str) -> Expr:
     """Conversion; to bool it is x != 0."""
     x = a[0]
+    boolean = "bool" in _base(x)
     if dtype == "bool":
-        return (
-            x
-            if "bool" in str(x.ty if hasattr(x, "ty") else x.dtype)
-            else tirx.NE(x, const(0, width, _base(x)))
-        )
+        return x if boolean else tirx.NE(x, const(0, width, _base(x)))
+    if boolean:  # not a cast: TVM cannot bind a name to one of a vector of booleans
+        return tirx.Select(x, const(1, width, dtype), const(0, width, dtype))
     return tirx.Cast(dtype if width == 1 else f"{dtype}x{width}", x)
 
 
@@ -184,10 +183,10 @@ def relu6(a: list[Expr], attrs: Mapping[str, Any], width: int, dtype: str) -> Ex
 def clip(a: list[Expr], attrs: Mapping[str, Any], width: int, dtype: str) -> Expr:
     """min(max(x, attrs.min), attrs.max); infinite bounds are left out."""
     x = a[0]
-    if math.isfinite(attrs["min"]):
-        x = tirx.Max(x, const(attrs["min"], width, dtype))
-    if math.isfinite(attrs["max"]):
-        x = tirx.Min(x, const(attrs["max"], width, dtype))
+    if (minimum := _bound(attrs, "min")) is not None:
+        x = tirx.Max(x, const(minimum, width, dtype))
+    if (maximum := _bound(attrs, "max")) is not None:
+        x = tirx.Min(x, const(maximum, width, dtype))
     return x
 
 
@@ -282,10 +281,10 @@ def relu6_grad(a: list[Expr], attrs: Mapping[str, Any], width: int, dtype: str) 
 def clip_grad(a: list[Expr], attrs: Mapping[str, Any], width: int, dtype: str) -> Expr:
     """dout where min <= x <= max."""
     x, result = T.bind(a[1]), a[0]
-    if math.isfinite(attrs["min"]):
-        result = masked(x >= const(attrs["min"], width), result, width)
-    if math.isfinite(attrs["max"]):
-        result = masked(x <= const(attrs["max"], width), result, width)
+    if (minimum := _bound(attrs, "min")) is not None:
+        result = masked(x >= const(minimum, width), result, width)
+    if (maximum := _bound(attrs, "max")) is not None:
+        result = masked(x <= const(maximum, width), result, width)
     return result
 
 
@@ -370,6 +369,12 @@ def elu_grad(a: list[Expr], attrs: Mapping[str, Any], width: int, dtype: str) ->
     return tirx.Select(
         x > const(0.0, width), d, d * const(attrs["alpha"], width) * vm.exp(x, width)
     )
+
+
+def _bound(attrs: Mapping[str, Any], name: str) -> float | None:
+    """A clip's bound; None where it is absent or infinite."""
+    value = attrs.get(name)
+    return None if value is None or not math.isfinite(value) else value
 
 
 def _literal(x: Expr) -> float | None:
