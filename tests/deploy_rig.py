@@ -13,8 +13,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from pocktvm.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 SSHD = shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
@@ -61,30 +65,23 @@ class Rig:
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
 
-    def cli(self, *words: object, code: int = 0, **extra: str) -> subprocess.CompletedProcess:
-        """`pocktvm …` with the rig's ssh; the exit code is checked."""
-        done = subprocess.run(
-            self.command(*words), capture_output=True, text=True, timeout=120, env=self.env(extra)
-        )
-        assert done.returncode == code, done.stdout + done.stderr
+    def cli(self, *words: object, code: int = 0) -> Any:
+        """`pocktvm …` in this process, with the rig's ssh; the exit code is checked."""
+        done = CliRunner().invoke(app, [str(w) for w in words], env=self.env())
+        assert done.exit_code == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         return done
 
     def start(self, *words: object) -> subprocess.Popen:
-        """`pocktvm …`, left running."""
+        """`pocktvm …` in a process that a test can kill."""
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
-        return subprocess.Popen(
-            self.command(*words), stdout=null, stderr=pipe, text=True, env=self.env({})
-        )
+        command = [sys.executable, "-m", "pocktvm", *map(str, words)]
+        return subprocess.Popen(command, stdout=null, stderr=pipe, text=True, env=self.env())
 
-    def command(self, *words: object) -> list[str]:
-        """The command line."""
-        return [sys.executable, "-m", "pocktvm", *map(str, words)]
-
-    def env(self, extra: Mapping[str, str]) -> dict[str, str]:
+    def env(self) -> dict[str, str]:
         """The user's environment: `ssh` reads the rig's configuration."""
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
-        return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **extra}
+        return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
 
     def stop(self) -> None:
         """End the server; sessions that are left end with their clients."""

@@ -55,7 +55,9 @@ _SSH = (
         "Use a user with a POSIX shell.",
     ),
 )  # fmt: skip
-_FULL = re.compile(r"No space left|File too large|quota exceeded|File size limit", re.IGNORECASE)
+_FULL = re.compile(
+    r"^153 |Wrote only|No space left|File too large|quota exceeded|File size limit", re.IGNORECASE
+)
 _SIGNALS = {
     132: "illegal instruction: it was built for a newer CPU than the device's",
     134: "abort", 135: "bus error", 136: "arithmetic error", 137: "killed: was the memory used up?",
