@@ -1,4 +1,4 @@
-"""What the deployment tests share: a rig, artifacts of a small model, and spoiled copies of them."""
+"""What the deployment tests share: a rig, artifacts of a small model, spoiled copies of them."""
 
 from __future__ import annotations
 
