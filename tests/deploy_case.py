@@ -46,7 +46,7 @@ def artifact(deploy_folder) -> Path:
 
 @pytest.fixture(scope="session")
 def second(artifact) -> Path:
-    """Another artifact of the same model: other weights, equally right."""
+    """Another build of the same model, equally right."""
     return variant(artifact, "second", lambda folder: (folder / "pocktvm.h").write_text("/* */\n"))
 
 

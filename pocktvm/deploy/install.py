@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from pocktvm.deploy.client import client_name, is_gone
 from pocktvm.deploy.failures import DeviceError, explain
@@ -184,7 +184,7 @@ def _all(package: Package) -> list[tuple[str, Path]]:
 
 
 def _write_tar(
-    pipe: BinaryIO, files: Sequence[tuple[str, Path]], total: int, progress: Progress
+    pipe: IO[bytes], files: Sequence[tuple[str, Path]], total: int, progress: Progress
 ) -> None:
     """Stream files; owner and rights are the same whoever deploys."""
     done = 0
@@ -206,7 +206,7 @@ def _write_tar(
 class _Counted:
     """A file that tells how much of it was read."""
 
-    def __init__(self, file: BinaryIO, count: Callable[[int], None]) -> None:
+    def __init__(self, file: IO[bytes], count: Callable[[int], None]) -> None:
         self._file = file
         self._count = count
 
@@ -217,7 +217,7 @@ class _Counted:
         return piece
 
 
-def digest_of(nbytes: int, stream: BinaryIO, out: BinaryIO) -> str:
+def digest_of(nbytes: int, stream: IO[bytes], out: IO[bytes]) -> str:
     """Copy exactly `nbytes`; their sha256. Fewer where the stream ends."""
     digest = hashlib.sha256()
     while nbytes > 0:

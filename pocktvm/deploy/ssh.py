@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from pocktvm.deploy.failures import DeviceError, ssh_failure
 from pocktvm.errors import PockError
@@ -64,11 +64,11 @@ class Script:
     name: str
     values: Mapping[str, str]
     arguments: Sequence[str] = ()
-    payload: Callable[[BinaryIO], None] | None = None
+    payload: Callable[[IO[bytes]], None] | None = None
     hold: bool = False
     on_event: Callable[[str, str], None] = lambda word, text: None
     on_line: Callable[[str], None] = lambda line: None
-    on_file: Callable[[str, int, str, BinaryIO], None] | None = None
+    on_file: Callable[[str, int, str, IO[bytes]], None] | None = None
 
 
 @dataclass
@@ -115,7 +115,7 @@ def run_script(host: str, script: Script) -> bool:
             child.kill()
             child.wait()
         for thread in threads:
-            thread.join(5)
+            thread.join(1)  # a shared connection's master keeps stderr open
     _check(host, code, talk)
     return talk.interrupted
 
@@ -162,7 +162,7 @@ def _feed(child: subprocess.Popen, text: bytes, script: Script, talk: _Talk) -> 
             pipe.close()
 
 
-def _collect(pipe: BinaryIO | None, lines: deque[str]) -> None:
+def _collect(pipe: IO[bytes] | None, lines: deque[str]) -> None:
     for line in pipe or ():
         lines.append(line.decode(errors="replace").rstrip())
 
@@ -187,7 +187,7 @@ def _interrupts(child: subprocess.Popen, talk: _Talk) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _listen(pipe: BinaryIO | None, script: Script, talk: _Talk) -> None:
+def _listen(pipe: IO[bytes] | None, script: Script, talk: _Talk) -> None:
     assert pipe is not None
     for line in iter(pipe.readline, b""):
         if not line.startswith(_PREFIX):

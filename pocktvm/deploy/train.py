@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from pocktvm.deploy.client import client_name
 from pocktvm.deploy.failures import DeviceError, explain
@@ -55,15 +55,8 @@ def train(
         "data_name": data_name,
         "fetch": "yes" if fetch else "",
     }
-    messages: list[str] = []
-
-    def line(text: str) -> None:
-        if not text.startswith("progress "):
-            messages.append(text)
-        on_line(text)
-
     script = Script(
-        "train", values, flags, hold=True, on_line=line, on_file=receiver.take,
+        "train", values, flags, hold=True, on_line=on_line, on_file=receiver.take,
         on_event=lambda word, text: heard.__setitem__(word, text),
     )  # fmt: skip
     try:
@@ -84,7 +77,7 @@ class _Receiver:
         self._whole = False
         self._part = None if fetch is None else fetch.with_name(f".{fetch.name}.{os.getpid()}.part")
 
-    def take(self, name: str, nbytes: int, wanted: str, stream: BinaryIO) -> None:
+    def take(self, name: str, nbytes: int, wanted: str, stream: IO[bytes]) -> None:
         """Read one file of `nbytes` from the script's stdout."""
         if name == "checkpoint" and self._part is not None:
             with self._part.open("wb") as out:
