@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,7 @@ def test_a_second_time_nothing_is_sent_and_damage_is_mended(rig, artifact, data)
     (place(rig) / "current/weights.safetensors").write_bytes(b"worn card")
     mended = facts(rig, artifact)
     assert mended["uploaded_bytes"] > 100_000 and mended["switched"] is True
+    assert mended["previous"] is None  # the worn copy is nothing to go back to
     assert (place(rig) / "current/weights.safetensors").stat().st_size > 100_000
 
 
@@ -131,6 +133,17 @@ def test_missing_programs(rig, artifact):
     assert "tar sha256sum missing" in message and "apt-get install" in message
 
 
+@pytest.mark.skipif(shutil.which("busybox") is None, reason="no busybox")
+def test_a_device_with_busybox_alone(rig, artifact, second):
+    applets = subprocess.run(["busybox", "--list"], capture_output=True, text=True).stdout
+    for name in applets.split():
+        (rig.shims / name).symlink_to(shutil.which("busybox"))
+    rig.prelude.write_text(f"PATH={rig.shims}\n")
+    first = facts(rig, artifact, "--steps", 3)
+    assert len(first["losses"]) == 3 and facts(rig, second)["previous"] == first["version"]
+    assert facts(rig, second, "--rollback")["version"] == first["version"] and is_clean(rig)
+
+
 def test_a_folder_of_ones_own(rig, artifact, tmp_path):
     facts(rig, artifact, "--dir", tmp_path / "it's here")
     assert (tmp_path / "it's here/current/model.so").is_file()
@@ -201,8 +214,6 @@ def test_what_is_a_host(text):
 
 
 def test_values_reach_the_script_as_they_are(tmp_path):
-    import subprocess
-
     odd = 'a\'b "$(touch x)"\n`c`\\'
     text = compose(Script("probe", {"folder": odd}, ["--x", odd])).decode()
     body = text.index("pocktvm_script() {")
@@ -215,8 +226,6 @@ def test_values_reach_the_script_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99, 0.9999])
 def test_a_script_cut_short_does_nothing(share, tmp_path):
-    import subprocess
-
     text = compose(Script("rollback", {"folder": str(tmp_path / "f"), "token": "t"})).decode()
     cut = text[: int(len(text) * share)].rpartition("pocktvm_script")[0] if share > 0.999 else text
     cut = cut[: int(len(text) * share)]

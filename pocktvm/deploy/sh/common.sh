@@ -163,6 +163,8 @@ switch_to() { # VERSION
   old=$(current_version)
   [ -d "versions/$old" ] || old=
   if [ "$old" != "$1" ]; then
+    # A copy of the same content that got damaged is nothing to go back to.
+    case $1 in "${old%-*}"-*) old=$(previous_version) ;; esac
     echo "$old" >"versions/$1.previous" || fail full "versions/$1.previous"
     sync
     holds_lock || fail busy "somebody 0"

@@ -6,7 +6,9 @@ say "fact system $(uname -s)"
 say "fact machine $(uname -m)"
 say "fact bits $(getconf LONG_BIT 2>/dev/null)"
 libc=$(getconf GNU_LIBC_VERSION 2>/dev/null)
-[ -n "$libc" ] || libc=$(ldd --version 2>&1 | head -n 1)
+if [ -z "$libc" ] && command -v ldd >/dev/null 2>&1; then
+  libc=$(ldd --version 2>&1 | head -n 1)
+fi
 say "fact libc $libc"
 cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || nproc 2>/dev/null)
 say "fact cores $cores"
