@@ -34,7 +34,7 @@ $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "pocktvm needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo 'no venv module: apt-get install python3-venv'; exit 1; }
 	@echo 'setting up $(VENV) (about 1.5 GB; a few minutes the first time)' >&2
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(INDEX) -c constraints.txt -e '.[dev,tune]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(INDEX) -c constraints.txt -e '.[dev,tune]'
 	@rm -f $(VENV)/.installed-* && touch $@
 
 demo: $(STAMP) ## compile MobileNetV2 for host and rpi4, train it on real digits, beside PyTorch

@@ -46,8 +46,8 @@ class Artifact:
         out: str | Path | None,
     ) -> Artifact:
         """Write the folder with codegen's emitter and wrap it."""
-        keep = None if out is not None else tempfile.TemporaryDirectory(prefix="pocktvm-")
-        folder = Path(out) if out is not None else Path(keep.name) / identity.model
+        keep = tempfile.TemporaryDirectory(prefix="pocktvm-") if out is None else None
+        folder = Path(keep.name) / identity.model if keep else Path(out or ".")
         path = emitter(kernels, plan, identity, self_test, target, folder)
         return cls(path, plan, identity, kernels.by_rule(), keep)
 

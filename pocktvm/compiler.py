@@ -73,14 +73,14 @@ def compile(
     stages = Stages(progress)
 
     stages.enter("import")
-    options = {"name": name, "scheme": published, "mean": mean, "scale": scale}
+    options: dict[str, Any] = {"name": name, "scheme": published, "mean": mean, "scale": scale}
     build = Build(module, example_inputs, wanted, loss_fn, optimizer_rule, device, options)
     model = import_torch(module, example_inputs, **options)
     stages.saw("import", model.module)
     updated = wanted.resolve(model)
 
     stages.enter("differentiate")
-    graphs = differentiate(model, updated, loss_fn, optimizer_rule)
+    graphs: tuple[Graph, ...] = differentiate(model, updated, loss_fn, optimizer_rule)
     stages.saw("differentiate", *graphs)
 
     stages.enter("record the self-test")

@@ -104,8 +104,8 @@ def broadcast_matmul(
 
     def element(tensor: Any, index: tuple[Any, ...], pair: tuple[Any, Any]) -> Any:
         rank = len(tensor.shape)
-        batch = index[len(index) - rank : -2] if rank > 2 else ()
-        batch = [0 if int(e) == 1 else i for e, i in zip(tensor.shape, batch, strict=False)]
+        outer = index[len(index) - rank : -2] if rank > 2 else ()
+        batch = [0 if int(e) == 1 else i for e, i in zip(tensor.shape, outer, strict=False)]
         return tensor(*batch, *pair)
 
     def compute(*index: Any) -> Any:

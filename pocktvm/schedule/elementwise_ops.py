@@ -28,6 +28,14 @@ def op(*names: str) -> Callable[[Emit], Emit]:
     return register
 
 
+def _vector_call(function: Callable[..., Expr]) -> Emit:
+    return lambda a, attrs, w, dtype: function(a[0], w)
+
+
+def _libm_call(function: Callable[..., Expr]) -> Emit:
+    return lambda a, attrs, w, dtype: vm.scalar_calls(function, a[0], w)
+
+
 def _simple(name: str, function: Callable[..., Expr]) -> None:
     OPS[name] = lambda a, attrs, w, dtype: function(*a)
 
@@ -143,10 +151,10 @@ for _name, _vector in {
     "tanh": vm.tanh,
     "sigmoid": vm.sigmoid,
 }.items():
-    OPS[_name] = lambda a, attrs, w, dtype, f=_vector: f(a[0], w)
+    OPS[_name] = _vector_call(_vector)
 
 for _name, _libm in {"sin": tirx.sin, "cos": tirx.cos}.items():
-    OPS[_name] = lambda a, attrs, w, dtype, f=_libm: vm.scalar_calls(f, a[0], w)
+    OPS[_name] = _libm_call(_libm)
 
 
 @op("logical_not")

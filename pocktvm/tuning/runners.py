@@ -44,7 +44,8 @@ class LocalRunner:
     """A child process on this machine, restarted after a crash or a hang."""
 
     def __init__(self, threads: int | None = None) -> None:
-        self._threads, self._process = threads, None
+        self._threads = threads
+        self._process: Any = None
         self._baseline: Path | None = None
 
     def reset(self) -> None:
