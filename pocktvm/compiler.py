@@ -1,4 +1,4 @@
-"""The whole compiler on one screen: a torch module in, an artifact that trains out.
+"""The whole compiler on one screen: a model in, an artifact that trains out.
 
 Read this first. Each line of `compile` is one room of the package, in the order of the pipeline;
 docs/design.md says why it is so.
@@ -17,7 +17,7 @@ from pocktvm.autodiff.losses import parse_loss
 from pocktvm.autodiff.optimizers import parse_optimizer
 from pocktvm.codegen import emit_artifact
 from pocktvm.fit import Build
-from pocktvm.frontend.torch import import_torch
+from pocktvm.frontend.source import import_model
 from pocktvm.identity import identify, label_inputs
 from pocktvm.ir.graph import Graph
 from pocktvm.ir.scheme import Scheme
@@ -54,6 +54,8 @@ def compile(
     """Compile a module into an artifact that trains it.
 
     module          an nn.Module; never mutated. It is trained at the shapes of `example_inputs`.
+                    Or the path of an .onnx file: `example_inputs` then only tell the batch, and
+                    may be None where the file fixes it
     scheme          what learns: a name, a mapping of patterns, a TOML path, or a Scheme
     loss            as text, with options after a colon ("cross_entropy:label_smoothing=0.1")
     optimizer       pocktvm.SGD() and the like, or text ("adamw:weight_decay=0.01")
@@ -75,7 +77,7 @@ def compile(
     stages.enter("import")
     options: dict[str, Any] = {"name": name, "scheme": published, "mean": mean, "scale": scale}
     build = Build(module, example_inputs, wanted, loss_fn, optimizer_rule, device, options)
-    model = import_torch(module, example_inputs, **options)
+    model = import_model(module, example_inputs, **options)
     stages.saw("import", model.module)
     updated = wanted.resolve(model)
 
@@ -121,7 +123,7 @@ def optimised_graphs(
     published: Mapping[str, Any] | None = None,
 ) -> tuple[Graph, ...]:
     """The first half of `compile`: the programs whose kernels a build would need (for tuning)."""
-    model = import_torch(module, example_inputs, scheme=published)
+    model = import_model(module, example_inputs, scheme=published)
     updated = Scheme.parse(scheme).resolve(model)
     rule = parse_optimizer(optimizer or "sgd")
     graphs = differentiate(model, updated, parse_loss(loss), rule)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pocktvm import memory
 from pocktvm.autodiff.differentiate import differentiate
-from pocktvm.frontend.torch import import_torch
+from pocktvm.frontend.source import import_model
 from pocktvm.ir.graph import Graph
 from pocktvm.ir.memory import MemoryPlan
 from pocktvm.ir.scheme import Scheme
@@ -24,7 +24,7 @@ SMALLER_SCHEMES = ("pockengine", "last")
 
 @dataclass(frozen=True)
 class Build:
-    """Everything that decides the graphs of a build. `options` are import_torch's."""
+    """Everything that decides the graphs of a build. `options` are import_model's."""
 
     module: Any
     example_inputs: Any
@@ -36,7 +36,7 @@ class Build:
 
     def estimate(self) -> MemoryPlan:
         """Import, differentiate and optimise, up to the kernels."""
-        model = import_torch(self.module, self.example_inputs, **self.options)
+        model = import_model(self.module, self.example_inputs, **self.options)
         updated = self.scheme.resolve(model)
         graphs = differentiate(model, updated, self.loss, self.optimizer)
         return memory.estimate([run_passes(g, self.target) for g in graphs])

@@ -66,6 +66,13 @@ def torch_importer() -> type:
     return ExportedProgramImporter
 
 
+def onnx_converters() -> tuple[dict[str, Any], type]:
+    """TVM's converters of ONNX operators by name, and the list type they take operands in."""
+    from tvm.relax.frontend.onnx import onnx_frontend
+
+    return onnx_frontend._get_convert_map(), onnx_frontend.onnx_input
+
+
 def single_prim_func(expr: Any, params: list[Any]) -> Any | None:
     """The one TIR function that computes a Relax operator of `params`, or None without one.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from pocktvm.errors import PockError
@@ -25,7 +26,7 @@ DEFAULT_BATCH = 8
 
 @dataclass(frozen=True)
 class Source:
-    """A module ready for import_torch. `module` is an nn.Module, or the path of an ONNX file."""
+    """A module ready for import_model. `module` is an nn.Module, or the path of an ONNX file."""
 
     module: Any
     example_inputs: Any
@@ -91,13 +92,15 @@ def _from_file(spec: str, batch: int | None, weights: Path | None) -> Source:
 
 
 def _from_onnx(spec: str, batch: int | None, weights: Path | None) -> Source:
+    """The path itself; inputs without memory that tell the batch, where the file leaves it open."""
+    from pocktvm.frontend.onnx_file import input_shapes
+
     path = Path(spec)
-    if not path.is_file():
-        raise PockError(f"there is no ONNX file '{path}'.")
-    raise PockError(
-        f"ONNX files such as '{path}' are not imported in this version.\n"
-        "  Give the PyTorch model they came from: path/file.py:function."
-    )
+    if weights is not None:
+        raise PockError(f"'{path}' holds its weights: leave out --weights.")
+    shapes, open_batch = input_shapes(path, batch)
+    inputs = tuple(torch.empty(s, device="meta") for s in shapes.values()) if open_batch else ()
+    return Source(path, inputs, name=path.stem)
 
 
 def _load(path: Path) -> ModuleType:

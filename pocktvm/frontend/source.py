@@ -1,0 +1,31 @@
+"""A model of any kind into the compiler: an nn.Module, or the path of an ONNX file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pocktvm.errors import PockError
+from pocktvm.frontend.torch import import_torch
+from pocktvm.ir.model import Model
+
+
+def import_model(module: Any, example_inputs: Any, **options: Any) -> Model:
+    """`import_torch`, or for the path of an .onnx file `import_onnx` at the inputs' batch."""
+    if not isinstance(module, str | Path):
+        return import_torch(module, example_inputs, **options)
+    if Path(module).suffix != ".onnx":
+        raise PockError(f"'{module}' is a path; compile takes an nn.Module or an .onnx file.")
+    from pocktvm.frontend.onnx import import_onnx
+
+    if options.pop("scheme", None) is not None:
+        raise PockError("an ONNX file has no published scheme: leave out `published`.")
+    return import_onnx(module, batch=_batch(example_inputs), **options)
+
+
+def _batch(example_inputs: Any) -> int | None:
+    """The batch of the example inputs; None without any (the file's own)."""
+    if isinstance(example_inputs, dict):
+        example_inputs = tuple(example_inputs.values())
+    first = example_inputs[0] if isinstance(example_inputs, tuple | list) else example_inputs
+    return int(first.shape[0]) if getattr(first, "shape", ()) else None
