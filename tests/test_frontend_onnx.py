@@ -80,6 +80,83 @@ def test_forward_is_onnxs_and_ten_steps_are_torchs(name, tmp_path):
         np.testing.assert_allclose(params[tensor], value, rtol=1e-3, atol=1e-5, err_msg=tensor)
 
 
+# operator, shape of the operand, further inputs, attributes, opset
+F, I = np.float32, np.int64  # noqa: E741
+OPERATORS = {
+    "Slice": ((3, 6), {"a": I([4]), "b": I([-9]), "c": I([1]), "d": I([-2])}, {}, 18),
+    "Slice-9": ((3, 6), {}, {"starts": [1], "ends": [100], "axes": [1]}, 9),
+    "Pad": ((1, 2, 3, 3), {"p": I([0, 0, 1, 0, 0, 0, 1, 2]), "v": F(0.5)}, {}, 18),
+    "Pad-reflect": ((1, 2, 3, 4), {"p": I([1, 1]), "": F(0), "a": I([3])}, {"mode": "reflect"}, 18),
+    "Resize": ((1, 2, 3, 3), {"": F(0), " ": F(0), "s": I([1, 2, 6, 6])}, {"mode": "linear"}, 18),
+    "Resize-nearest": ((1, 2, 3, 2), {"": F(0), "s": F([1, 1, 2, 2])}, {}, 18),
+    "Expand": ((3, 1), {"s": I([2, 1, 4])}, {}, 18),
+    "Max": ((3, 4), {"b": F([0.1, -0.2, 0.3, 0]), "c": F(0.05)}, {}, 18),
+    "Mean": ((3, 4), {"b": F([0.1, -0.2, 0.3, 0])}, {}, 18),
+    "Clip-6": ((3, 4), {}, {"min": -0.5, "max": 0.25}, 8),
+    "Clip": ((3, 4), {"": F(0), "hi": F(0.25)}, {}, 18),
+    "LeakyRelu": ((3, 4), {}, {"alpha": 0.2}, 18),
+    "HardSwish": ((3, 4), {}, {}, 18),
+    "HardSigmoid": ((3, 4), {}, {"alpha": 1 / 6}, 18),
+    "Elu": ((3, 4), {}, {"alpha": 0.7}, 18),
+    "Selu": ((3, 4), {}, {}, 18),
+    "Softplus": ((3, 4), {}, {}, 18),
+    "Gelu": ((3, 4), {}, {"approximate": "tanh"}, 20),
+    "AveragePool": (
+        (1, 2, 5, 5), {}, {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}, 18
+    ),
+    "MaxPool": (
+        (1, 2, 5, 5), {}, {"kernel_shape": [2, 2], "strides": [2, 2], "auto_pad": "SAME_UPPER"}, 18
+    ),
+    "Conv": ((1, 2, 7), {"w": np.ones((3, 2, 3), "float32"), "b": F([1, 2, 3])}, {}, 18),
+    "ConvTranspose": ((1, 2, 3, 3), {"w": np.ones((2, 3, 2, 2), F)}, {"strides": [2, 2]}, 18),
+    "InstanceNormalization": ((2, 3, 4), {"g": F([1, 2, 3]), "b": F([0, 1, 0])}, {}, 18),
+    "GroupNormalization": (
+        (1, 4, 3, 3), {"g": F([1, 2, 3, 4]), "b": F([0, 1, 0, 1])}, {"num_groups": 2}, 21
+    ),
+    "Gather": ((3, 4), {"i": I(-1)}, {"axis": 1}, 18),
+    "Gather-many": ((3, 4), {"i": I([-1, 0, 0])}, {"axis": 1}, 18),
+    "Split-11": ((4, 3), {}, {"split": [1, 3]}, 11),
+    "LogSoftmax": ((3, 4), {}, {}, 18),
+    "Softmax-11": ((2, 3, 4), {}, {"axis": 2}, 11),
+    "ReduceL2": ((3, 4), {"a": I([1])}, {"keepdims": 0}, 18),
+    "ReduceMax-11": ((3, 4), {}, {"axes": [0]}, 11),
+    "Squeeze": ((3, 1, 4), {"a": I([1])}, {}, 18),
+    "Unsqueeze-11": ((3, 4), {}, {"axes": [0, 3]}, 11),
+    "Pow": ((3, 4), {"e": F(2)}, {}, 18),
+    "Transpose": ((3, 4, 2), {}, {"perm": [2, 0, 1]}, 18),
+    "Concat": ((3, 4), {"b": np.ones((3, 2), "float32")}, {"axis": 1}, 18),
+    "DepthToSpace": ((1, 8, 2, 2), {}, {"blocksize": 2, "mode": "CRD"}, 18),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_operator_is_onnxs_and_has_a_gradient(name, tmp_path):
+    shape, stored, attrs, opset = OPERATORS[name]
+    operator = name.partition("-")[0]
+    given = {f"/c{i}": np.asarray(a) for i, (n, a) in enumerate(stored.items()) if n.strip()}
+    names = [f"/c{i}" if n.strip() else "" for i, n in enumerate(stored)]
+    outputs = ["y", "z"] if operator == "Split" else ["y"]
+    nodes = [
+        node("Mul", "x w", "h"),
+        onnx.helper.make_node(operator, ["h", *names], outputs, name="op", **attrs),
+        node("Identity", outputs[-1], "out"),
+    ]
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal(shape).astype("float32")
+    proto = model(nodes, [("x", FLOAT, list(shape))], ["out"], {"w": weight, **given}, opset)
+    x = rng.standard_normal(shape).astype("float32")
+    (expected,) = reference.ReferenceEvaluator(proto).run(None, {"x": x})
+    del proto.graph.output[0].type.tensor_type.shape.dim[:]
+    proto.graph.output[0].type.tensor_type.shape.dim.extend(
+        [onnx.TensorShapeProto.Dimension() for _ in expected.shape]
+    )
+    imported = import_onnx(saved(tmp_path, proto))
+    updated = Scheme({"w": 1}).resolve(imported)
+    _, predict = differentiate(imported, updated, parse_loss("mse"), SGD())
+    output = evaluate(predict, {"x": x}).outputs["output"]
+    np.testing.assert_allclose(output, expected, rtol=2e-5, atol=2e-5)
+
+
 def test_structure_of_a_convolutional_net(tmp_path):
     imported = import_onnx(saved(tmp_path, cnn().proto), mean=(1, 2, 3), scale=(1, 1, 1))
     assert imported.blocks == ("blocks.0", "blocks.1")
@@ -158,7 +235,7 @@ def test_damaged_files_and_other_refusals(tmp_path):
 def test_without_the_package_the_command_is_named(tmp_path, monkeypatch):
     path = saved(tmp_path, mlp(4).proto)
     monkeypatch.setitem(sys.modules, "onnx.checker", None)
-    with pytest.raises(PockError, match=r"pip install 'pocktvm\[onnx\]'"):
+    with pytest.raises(PockError, match=r"pip install onnx"):
         resolve_model(str(path))
 
 

@@ -316,6 +316,15 @@ def _slice(site: Site, x: Any, axis: int, begin: int, end: int) -> Any:
     return site.emit(relax.op.strided_slice(x, axes=[axis], begin=[begin], end=[end], strides=[1]))
 
 
+@converts("Slice")
+def _slices(site: Site) -> Any:
+    x, rank = site.inputs[0], len(shape_of(site.inputs[0]))
+    begins, ends = ([int(b) for b in site.setting(n, i)] for n, i in (("starts", 1), ("ends", 2)))
+    axes = [int(a) % rank for a in site.setting("axes", 3, range(len(begins)))]
+    steps = [int(s) for s in site.setting("steps", 4, [1] * len(begins))]
+    return relax.op.strided_slice(x, axes=axes, begin=begins, end=ends, strides=steps)
+
+
 @converts("Split")
 def _split(site: Site) -> Any:
     """As slices, so that they can sink through rows and no tuple is left to differentiate."""

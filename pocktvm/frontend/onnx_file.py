@@ -49,7 +49,7 @@ def require_onnx() -> Any:
     except ImportError as error:
         raise PockError(
             f"reading an .onnx file needs the package onnx ({error}).\n"
-            "  Install it: pip install 'pocktvm[onnx]'"
+            "  Install it: pip install onnx"
         ) from error
 
 
