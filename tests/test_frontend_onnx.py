@@ -18,6 +18,7 @@ from pocktvm.autodiff.optimizers import SGD  # noqa: E402
 from pocktvm.errors import PockError  # noqa: E402
 from pocktvm.frontend.onnx import import_onnx  # noqa: E402
 from pocktvm.frontend.resolve import resolve_model  # noqa: E402
+from pocktvm.frontend.source import import_model  # noqa: E402
 from pocktvm.ir.scheme import Scheme  # noqa: E402
 from pocktvm.reference import evaluate  # noqa: E402
 
@@ -188,7 +189,9 @@ def test_the_batch_is_the_callers_or_the_files(tmp_path):
     source = resolve_model(str(opened), batch=5)
     assert source.name == "m" and [tuple(t.shape) for t in source.example_inputs] == [(5, 6)]
     assert resolve_model(str(fixed)).example_inputs == ()
-    assert import_onnx(fixed).output_shape == (4, 3)
+    for inputs in ((), None, np.zeros((4, 6)), {"x": np.zeros((4, 6))}):
+        assert import_model(fixed, inputs).output_shape == (4, 3)
+    assert import_model(str(opened), source.example_inputs).output_shape == (5, 3)
     with pytest.raises(PockError, match=r"its batch is open.\n.*--batch"):
         resolve_model(str(opened))
     with pytest.raises(PockError, match=r"is fixed to \[4, 6\]"):

@@ -240,9 +240,9 @@ def _notices(graph: OnnxGraph) -> list[str]:
     made_up = [n for n in graph.parameters if structure.is_generated(n)]
     if made_up:
         lines.append(
-            f"{len(made_up)} weights have no name of the model's ('{made_up[0]}', …): patterns of "
-            "a scheme find them by these; torch.onnx.export(…, do_constant_folding=False) keeps "
-            "names"
+            f"{len(made_up)} of {len(graph.parameters)} weights have a made-up name "
+            f"('{made_up[0]}'): patterns of a scheme find them by it alone. "
+            "torch.onnx.export(…, do_constant_folding=False) keeps the model's names"
         )
     return lines
 

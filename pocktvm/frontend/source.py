@@ -27,5 +27,6 @@ def _batch(example_inputs: Any) -> int | None:
     """The batch of the example inputs; None without any (the file's own)."""
     if isinstance(example_inputs, dict):
         example_inputs = tuple(example_inputs.values())
-    first = example_inputs[0] if isinstance(example_inputs, tuple | list) else example_inputs
-    return int(first.shape[0]) if getattr(first, "shape", ()) else None
+    given = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    shape = getattr(given[0], "shape", ()) if given else ()
+    return int(shape[0]) if shape else None
