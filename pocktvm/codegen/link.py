@@ -23,11 +23,15 @@ from pocktvm.ir.target import Toolchain
 C_FOLDER = Path(__file__).parent.parent / "runtime" / "c"
 RUNTIME = ("runtime", "threads", "checkpoint", "safetensors", "inputs", "kernel_abi", "process")
 RUNNER = ("main", "train", "source", "generate", "selftest", "serve", "library", "json")
+LOADER = ("elf_loader", "elf_imports")
 _NEARLY_FULL_BYTES = 30_000_000
 _FLAGS = (
     "-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-g0",
     "-fno-sanitize=all", "-D_FILE_OFFSET_BITS=64", "-Wall", "-Wextra",
 )  # fmt: skip
+# zig builds its libc by the same flags: position-independent, a static program's malloc would ask
+# for thread-local storage by a call that nobody answers (seen on Hexagon: it jumps to 0)
+_STATIC = ("-static", "-fno-pic")
 
 
 def is_mach_o(toolchain: Toolchain) -> bool:
@@ -86,7 +90,9 @@ def _folders_of(arguments: Sequence[str | Path]) -> list[Path]:
 def target_flags(toolchain: Toolchain) -> list[str]:
     """What selects the device."""
     cpu = [f"-mcpu={toolchain.zig_cpu}"] if toolchain.zig_cpu else []
-    return ["-target", toolchain.zig_target, *cpu, *toolchain.flags]
+    # our own loader sets up no thread-local storage
+    loader = ["-DPOCKTVM_NO_TLS"] if toolchain.own_loader else []
+    return ["-target", toolchain.zig_target, *cpu, *loader, *toolchain.flags]
 
 
 @cache
@@ -142,8 +148,11 @@ def dynamic_runner(toolchain: Toolchain) -> Path:
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             made = Path(scratch) / "runner"
             made.mkdir()
-            sources = [C_FOLDER / f"{name}.c" for name in (*RUNNER, "safetensors")]
+            names = [*RUNNER, "safetensors", *(LOADER if toolchain.own_loader else ())]
+            sources = [C_FOLDER / f"{name}.c" for name in names]
             libraries = [] if is_mach_o(toolchain) else ["-ldl", "-s"]
+            if toolchain.own_loader:
+                libraries += [*_STATIC, "-DPOCKTVM_OWN_LOADER", "-lm"]
             zig(
                 [*target_flags(toolchain), *_FLAGS, f"-I{C_FOLDER}", *sources, *libraries,
                  "-o", made / "pocktvm-run"],
@@ -164,7 +173,11 @@ def link_library(toolchain: Toolchain, sources: Sequence[Path], objects: Sequenc
         script = work / "exports.map"
         script.write_text("{ global: pocktvm_*; local: *; };\n")
         flags += [f"-Wl,--version-script={script}", "-Wl,--gc-sections", "-Wl,-z,noexecstack", "-s"]
-        flags += [f"-Wl,-soname,{output.name}", "-lpthread", "-ldl", "-lm"]
+        flags += [f"-Wl,-soname,{output.name}"]
+        if toolchain.own_loader:  # libc comes from the runner; symbols are found in the old table
+            flags += ["-nostdlib", "-rtlib=compiler-rt", "-Wl,--hash-style=sysv"]
+        else:
+            flags += ["-lpthread", "-ldl", "-lm"]
     _link(toolchain, sources, objects, [*flags, "-o", output], output.name, work)
 
 
@@ -172,7 +185,7 @@ def link_static_runner(toolchain: Toolchain, sources: Sequence[Path], objects: S
                        output: Path) -> None:  # fmt: skip
     """pocktvm-run with the model inside, for a device without a loader."""
     runner = [C_FOLDER / f"{name}.c" for name in RUNNER]
-    flags: list[str | Path] = ["-static", "-DPOCKTVM_STATIC", "-s", "-o", output]
+    flags: list[str | Path] = [*_STATIC, "-DPOCKTVM_STATIC", "-s", "-o", output]
     _link(toolchain, [*sources, *runner], objects, flags, output.name, output.parent)
 
 

@@ -33,7 +33,8 @@ class Toolchain:
     zig_cpu: str = ""
     flags: tuple[str, ...] = ()
     library: str = "model.so"
-    static_runner: bool = False
+    static_runner: bool = False  # pocktvm-run holds the model: a device that loads nothing
+    own_loader: bool = False  # pocktvm-run is static and loads the library without the libc's help
 
 
 @dataclass(frozen=True)

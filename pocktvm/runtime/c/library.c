@@ -15,6 +15,10 @@
 
 #include "runner.h"
 
+#ifdef POCKTVM_OWN_LOADER
+#include "elf_loader.h"
+#endif
+
 #ifdef __APPLE__
 #define LIBRARY "model.dylib"
 #else
@@ -60,8 +64,18 @@ static int check_whole(const char *path) {
 }
 #endif
 
+#ifdef POCKTVM_OWN_LOADER
+static void *open_library(const char *path) { return elf_open(path); }
+static void *find_symbol(void *library, const char *name) { return elf_symbol(library, name); }
+static const char *why_not(void) { return elf_error(); }
+#else
+static void *open_library(const char *path) { return dlopen(path, RTLD_NOW | RTLD_LOCAL); }
+static void *find_symbol(void *library, const char *name) { return dlsym(library, name); }
+static const char *why_not(void) { return dlerror(); }
+#endif
+
 static int find(void *library, const char *name, void *slot) {
-  void *symbol = dlsym(library, name);
+  void *symbol = find_symbol(library, name);
   memcpy(slot, &symbol, sizeof symbol); /* ISO C knows no cast from data to function pointers */
   return symbol ? 0 : -1;
 }
@@ -89,8 +103,8 @@ int pk_load_library(const char *artifact, pk_api *api, char *folder, size_t room
     snprintf(path, sizeof path, "%s%s", slash ? "" : "./", artifact);
   }
   if (check_whole(path)) return 1;
-  void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-  if (!library) return pk_complain("cannot load %s: %s", path, dlerror());
+  void *library = open_library(path);
+  if (!library) return pk_complain("cannot load %s: %s", path, why_not());
   if (find_all(library, api))
     return pk_complain("%s is a library, but not a model of pocktvm", path);
   if (api->plan(NULL)->abi != POCKTVM_ABI)
