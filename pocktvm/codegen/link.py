@@ -103,8 +103,8 @@ def _sources_hash() -> str:
     return digest.hexdigest()
 
 
-def _cached(toolchain: Toolchain, kind: str) -> Path:
-    key = repr((_sources_hash(), target_flags(toolchain), _FLAGS, kind))
+def _cached(toolchain: Toolchain, kind: str, flags: Sequence[str] = ()) -> Path:
+    key = repr((_sources_hash(), target_flags(toolchain), _FLAGS, flags, kind))
     return cache_folder() / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
 
 
@@ -142,7 +142,10 @@ def _compile(toolchain: Toolchain, source: Path, output: Path) -> None:
 
 def dynamic_runner(toolchain: Toolchain) -> Path:
     """pocktvm-run that loads a model's library."""
-    folder = _cached(toolchain, "runner")
+    flags = [] if is_mach_o(toolchain) else ["-ldl", "-s"]
+    if toolchain.own_loader:
+        flags += [*_STATIC, "-DPOCKTVM_OWN_LOADER", "-lm"]
+    folder = _cached(toolchain, "runner", flags)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -150,11 +153,8 @@ def dynamic_runner(toolchain: Toolchain) -> Path:
             made.mkdir()
             names = [*RUNNER, "safetensors", *(LOADER if toolchain.own_loader else ())]
             sources = [C_FOLDER / f"{name}.c" for name in names]
-            libraries = [] if is_mach_o(toolchain) else ["-ldl", "-s"]
-            if toolchain.own_loader:
-                libraries += [*_STATIC, "-DPOCKTVM_OWN_LOADER", "-lm"]
             zig(
-                [*target_flags(toolchain), *_FLAGS, f"-I{C_FOLDER}", *sources, *libraries,
+                [*target_flags(toolchain), *_FLAGS, f"-I{C_FOLDER}", *sources, *flags,
                  "-o", made / "pocktvm-run"],
                 "pocktvm-run",
             )  # fmt: skip
