@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pocktvm.codegen import link
 from pocktvm.codegen.blob import Blob, assembly
+from pocktvm.codegen.mach_o import hide_symbols
 from pocktvm.codegen.package import initial_state, replacing, write_manifest
 from pocktvm.codegen.step import generate_tables
 from pocktvm.ir.artifact import Identity, SelfTest
@@ -75,7 +76,8 @@ def _build(
     objects = []
     for symbol in sorted({c.symbol for p in kernels.programs.values() for c in p.calls}):
         objects.append(work / f"{symbol}.o")
-        objects[-1].write_bytes(kernels.kernels[symbol].object)
+        data = kernels.kernels[symbol].object
+        objects[-1].write_bytes(hide_symbols(data) if link.is_mach_o(toolchain) else data)
     sources = [work / "model.c", work / "bytes.S"]
     link.link_library(toolchain, sources, objects, work / toolchain.library)
     shutil.move(work / toolchain.library, folder)

@@ -168,7 +168,7 @@ def link_library(toolchain: Toolchain, sources: Sequence[Path], objects: Sequenc
     work = output.parent
     flags: list[str | Path] = ["-shared"]
     if is_mach_o(toolchain):
-        flags += ["-Wl,-install_name,@rpath/" + output.name]
+        flags += ["-Wl,-install_name,@rpath/" + output.name, "-Wl,-dead_strip"]
     else:
         script = work / "exports.map"
         script.write_text("{ global: pocktvm_*; local: *; };\n")
