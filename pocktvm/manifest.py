@@ -101,13 +101,18 @@ def emulator_of(manifest: Mapping[str, Any]) -> list[str]:
     PockError when the emulator or its library folder is not installed.
     """
     command = [str(part) for part in manifest.get("emulator") or ()]
-    if not command or runs_here(manifest):
+    if runs_here(manifest) or not (command or manifest.get("arch")):
         return []
     target = manifest["target"]
-    hint = (
-        f"  Copy the folder to the device and run ./pocktvm-run . there, or install the emulator:\n"
-        f"  apt-get install qemu-user {_libraries(command)}"
-    )
+    there = "  Copy the folder to the device and run ./pocktvm-run . there"
+    if not command:
+        system = {"darwin": "macOS"}.get(str(manifest.get("os")), manifest.get("os"))
+        raise PockError(
+            f"an artifact for {target} runs on {system} on {manifest['arch']}; no emulator is "
+            f"known for it.\n{there}."
+        )
+    packages = " ".join(["qemu-user", *_libraries(command)])
+    hint = f"{there}, or install the emulator:\n  apt-get install {packages}"
     if shutil.which(command[0]) is None:
         raise PockError(
             f"an artifact for {target} runs here under {command[0]}: not installed.\n{hint}"
@@ -118,8 +123,13 @@ def emulator_of(manifest: Mapping[str, Any]) -> list[str]:
     return command
 
 
-def _libraries(command: list[str]) -> str:
-    return "libc6-armhf-cross" if "gnueabihf" in " ".join(command) else "libc6-arm64-cross"
+def _libraries(command: list[str]) -> list[str]:
+    """Debian's packages of the device's C library, for the folder after -L."""
+    packages = {
+        "/usr/aarch64-linux-gnu": "libc6-arm64-cross",
+        "/usr/arm-linux-gnueabihf": "libc6-armhf-cross",
+    }
+    return [packages[word] for word in command if word in packages]
 
 
 def summary(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:

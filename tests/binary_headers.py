@@ -177,7 +177,9 @@ def _read_mach_o(data: bytes) -> Binary:
     return found
 
 
-def _read_symbols(data: bytes, found: Binary, offset: int, count: int, strings: int, _: int) -> None:
+def _read_symbols(
+    data: bytes, found: Binary, offset: int, count: int, strings: int, _: int
+) -> None:
     for i in range(count):
         name, kind, _, _, _ = struct.unpack_from("<IBBHQ", data, offset + 16 * i)
         if kind & 0xFF == 1:  # external and undefined

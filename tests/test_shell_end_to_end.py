@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from pocktvm.cli.targets import lacks
 from pocktvm.manifest import read_manifest
 from pocktvm.targets import list_targets
 
@@ -27,7 +28,7 @@ def cli(*words: object, code: int = 0, **options) -> subprocess.CompletedProcess
     command = [sys.executable, "-m", "pocktvm", *(str(w) for w in words)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=environment, **options
+        command, capture_output=True, text=True, timeout=900, env=environment, **options
     )
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr or code == 3
@@ -250,10 +251,8 @@ def emulators() -> list:
     for target in list_targets():
         if not target.emulator:
             continue
-        folder = target.emulator[target.emulator.index("-L") + 1]
-        missing = [p for p in (target.emulator[0],) if shutil.which(p) is None]
-        missing += [] if Path(folder).is_dir() else [folder]
-        skip = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+        missing = lacks(target)
+        skip = pytest.mark.skipif(bool(missing), reason=missing or "it runs here")
         cases.append(pytest.param(target.name, marks=skip))
     return cases
 
