@@ -19,6 +19,7 @@ from pocktvm.errors import PockError  # noqa: E402
 from pocktvm.frontend.onnx import import_onnx  # noqa: E402
 from pocktvm.frontend.resolve import resolve_model  # noqa: E402
 from pocktvm.frontend.source import import_model  # noqa: E402
+from pocktvm.frontend.torch import import_torch  # noqa: E402
 from pocktvm.ir.scheme import Scheme  # noqa: E402
 from pocktvm.reference import evaluate  # noqa: E402
 
@@ -201,6 +202,49 @@ def test_the_batch_is_the_callers_or_the_files(tmp_path):
     square = model([node("Relu", "x", "y")], [("x", FLOAT, ["n", 3, "h"])], ["y"], {})
     with pytest.raises(PockError, match="dimension 2 is open"):
         import_onnx(saved(tmp_path, square), batch=2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "spec", ["cnn:channels=4,depth=2,image=8", "vit-tiny:depth=2,dim=16,heads=2,image=32"]
+)
+def test_what_torch_exports_is_the_torch_model(spec, tmp_path):
+    source, path = resolve_model(spec, batch=2), tmp_path / "m.onnx"
+    try:
+        torch.onnx.export(
+            source.module.eval(), source.example_inputs, str(path), dynamo=False,
+            opset_version=17, do_constant_folding=False, input_names=["x"],
+            dynamic_axes={"x": {0: "n"}},
+        )  # fmt: skip
+    except (ImportError, TypeError) as error:
+        pytest.skip(f"this torch does not export without onnxscript: {error}")
+    ours, theirs = import_onnx(path, batch=2), import_torch(source.module, source.example_inputs)
+    assert set(ours.parameters) == set(theirs.parameters)
+    for name, parameter in theirs.parameters.items():
+        assert np.array_equal(ours.parameters[name].value, parameter.value)
+    assert ours.blocks == theirs.blocks and ours.shifts == dict(theirs.shifts)
+    last = Scheme.parse("last")
+    assert set(last.resolve(ours)) == set(last.resolve(theirs))
+    (x,) = source.example_inputs
+    output = evaluate(graphs(ours, "last")[1], {"x": x.numpy()}).outputs["output"]
+    np.testing.assert_allclose(output, source.module(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_merged_by_the_exporter_learn_apart(tmp_path):
+    ones = {"n1.weight": np.ones(4, "float32"), "n1.bias": np.zeros(4, "float32")}
+    nodes = [
+        node("Identity", "n1.weight", "n2.weight"),
+        node("LayerNormalization", "x n1.weight n1.bias", "h"),
+        node("Relu", "h", "r"),
+        node("LayerNormalization", "r n2.weight n1.bias", "y"),
+    ]
+    proto = model(nodes, [("x", FLOAT, [3, 4])], ["y"], ones)
+    imported = import_onnx(saved(tmp_path, proto))
+    assert list(imported.parameters) == ["n1.weight", "n1.bias", "n2.weight"]
+    step, _ = graphs(imported)
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype("float32")
+    updates = evaluate(step, {"x": x, "y": np.array([0, 1, 2], "int32")}, lr=1.0).updates
+    assert not np.allclose(updates["n1.weight"], updates["n2.weight"])
 
 
 def test_unsupported_operators_are_listed_together(tmp_path):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pocktvm.errors import PockError
-from pocktvm.frontend.onnx_structure import choose_parameters
+from pocktvm.frontend.onnx_structure import choose_parameters, is_generated
 
 OLDEST_OPSET, NEWEST_OPSET = 7, 25
 DTYPES = {1: "float32", 6: "int32", 7: "int64"}  # of inputs, by TensorProto's number
@@ -72,6 +72,7 @@ def read_onnx(path: Path, batch: int | None) -> OnnxGraph:
     _fix_shapes(proto, path, batch)
     output = _only_output(proto, path)
     known = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
+    _separate(proto.graph, known)
     parameters = {n: known.pop(n) for n in choose_parameters(proto.graph, known)}
     _check_parameters(parameters)
     _fold(proto, known, opset)
@@ -207,6 +208,23 @@ def _fix_shapes(proto: Any, path: Path, batch: int | None) -> None:
 
 def _shown(dims: Any) -> str:
     return "[" + ", ".join(str(d.dim_value or d.dim_param or "?") for d in dims) + "]"
+
+
+def _separate(graph: Any, known: dict[str, np.ndarray]) -> None:
+    """Undo the exporter's merging of equal weights, which would tie them in training.
+
+    torch stores one of the layers whose gains are all ones, and an Identity under the name of each
+    other one. (Weights that are tied in the model have one name only.)
+    """
+    kept = []
+    for node in graph.node:
+        source, name = (node.input[0], node.output[0]) if node.op_type == "Identity" else ("", "")
+        if source in known and known[source].dtype.kind == "f" and not is_generated(name):
+            known[name] = known[source].copy()
+        else:
+            kept.append(require_onnx().NodeProto.FromString(node.SerializeToString()))
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 # Constants -------------------------------------------------------------------------------------
