@@ -11,7 +11,7 @@ from pocktvm.memory.plan import live_by_class
 
 
 def timeline(kernels: Kernels, program: Program, plan: MemoryPlan) -> list[dict[str, Any]]:
-    """One entry a call: its label, rule, and the arena's live bytes by class while it runs.
+    """One entry a call: its label, rule, FLOPs, and the arena's live bytes by class while it runs.
 
     Frozen weights are left out, they do not change. The largest entry's sum is the plan's lower
     bound when this program has the peak.
@@ -34,6 +34,7 @@ def timeline(kernels: Kernels, program: Program, plan: MemoryPlan) -> list[dict[
             {
                 "call": call.label or call.symbol,
                 "rule": kernel.rule if kernel else "",
+                "flops": kernel.flops if kernel else 0,
                 "bytes": {name: nbytes for name, nbytes in live.items() if nbytes},
             }
         )

@@ -1,0 +1,63 @@
+"""Tuning over TVM's RPC: a tracker with two servers on this machine, one of which dies."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pocktvm.tuning.candidate import build_candidate
+from pocktvm.tuning.runners import RpcRunner
+from tests.test_tuning import matmul_task
+
+pytestmark = pytest.mark.slow
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture
+def board():
+    """(port, servers): a tracker and two servers with the key `board`."""
+    port = free_port()
+    module = [sys.executable, "-m"]
+    tracker = subprocess.Popen(
+        [*module, "tvm.exec.rpc_tracker", "--host", "127.0.0.1", "--port", str(port)]
+    )
+    time.sleep(8)
+    servers = [
+        subprocess.Popen(
+            [*module, "tvm.exec.rpc_server", "--host", "127.0.0.1", "--port", str(free_port()),
+             "--tracker", f"127.0.0.1:{port}", "--key", "board"]
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    time.sleep(15)
+    yield port, servers
+    for process in (tracker, *servers):
+        process.kill()
+        process.wait()
+
+
+def test_candidates_run_on_boards_and_a_dead_one_is_left_out(board, tmp_path):
+    port, servers = board
+    task = matmul_task()
+    from pocktvm.schedule.compile_kernel import choose_rule
+    from pocktvm.schedule.rule import defaults
+
+    rule = choose_rule(task)
+    candidate = build_candidate(task, rule, defaults(rule.knobs(task)), tmp_path)
+    runner = RpcRunner("127.0.0.1", port, "board")
+    assert 0 < runner.time(candidate.folder) < 1
+    first, second = runner.compare(candidate.folder, candidate.folder)
+    assert first > 0 and second > 0
+    servers[0].kill()
+    servers[0].wait()
+    for _ in range(3):
+        assert runner.time(candidate.folder) > 0
