@@ -22,8 +22,9 @@ from tests.equality import (
 )
 
 FAST = {"mlp", "cnn", "mobilenetv2", "bert", "llama"}
-# ReLU6 networks at batch 2 are chaotic at larger rates: float32 and float64 torch part, too.
-LR = {"mobilenetv2": 3e-4, "mcunet": 3e-4}
+# At larger rates ReLU6 networks at batch 2 are chaotic (float32 and float64 torch part, too) and
+# ResNets diverge.
+LR = {"mobilenetv2": 3e-4, "mcunet": 3e-4, "resnet18": 1e-4, "resnet50": 1e-4}
 DEFAULT_LR = 0.01
 
 

@@ -22,23 +22,52 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def answers(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def registered(port: int) -> int:
+    from pocktvm.tvm_api import rpc_module
+
+    summary = rpc_module().connect_tracker("127.0.0.1", port).summary()
+    return summary["queue_info"].get("board", {}).get("free", 0)
+
+
+def wait_until(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "tracker or servers did not start"
+        time.sleep(0.5)
+
+
 @pytest.fixture
 def board():
     """(port, servers): a tracker and two servers with the key `board`."""
     port = free_port()
     module = [sys.executable, "-m"]
     tracker = subprocess.Popen(
-        [*module, "tvm.exec.rpc_tracker", "--host", "127.0.0.1", "--port", str(port)]
+        [
+            *module,
+            "tvm.exec.rpc_tracker",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--port-end",
+            str(port + 1),
+        ]
     )
-    time.sleep(8)
+    wait_until(lambda: answers(port))
     servers = [
         subprocess.Popen(
-            [*module, "tvm.exec.rpc_server", "--host", "127.0.0.1", "--port", str(free_port()),
-             "--tracker", f"127.0.0.1:{port}", "--key", "board"]
+            [*module, "tvm.exec.rpc_server", "--host", "127.0.0.1", "--port",
+             str(first := free_port()),
+             "--port-end", str(first + 1), "--tracker", f"127.0.0.1:{port}", "--key", "board"]
         )
         for _ in range(2)
     ]  # fmt: skip
-    time.sleep(15)
+    wait_until(lambda: registered(port) == 2)
     yield port, servers
     for process in (tracker, *servers):
         process.kill()

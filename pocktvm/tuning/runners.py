@@ -128,7 +128,7 @@ class RpcRunner:
             raise PockError(
                 f"no RPC tracker at {self._address} ({error}).\n"
                 "  Start one: python -m tvm.exec.rpc_tracker --host 0.0.0.0 --port "
-                f"{port}"
+                f"{port} --port-end {port + 1}"
             ) from None
         if not servers["free"] and not self._has_server():
             raise PockError(
