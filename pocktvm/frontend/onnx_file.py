@@ -102,7 +102,7 @@ def _load(path: Path, *, weights: bool) -> Any:
 
 
 def _unreadable(path: Path, reason: object) -> str:
-    text = " ".join(str(reason).split())[:200]
+    text = " ".join(str(reason).split())[:200].rstrip(".")
     return (
         f"'{path}' ({path.stat().st_size} bytes) is not an ONNX model: {text}.\n"
         "  Is the file whole? Export or copy it again, the external data files beside it."
