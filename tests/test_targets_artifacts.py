@@ -30,8 +30,8 @@ MODELS = {
     "mlp": ("mlp:inputs=20,hidden=24,depth=3,classes=5", 4, 0.05),
     "cnn": ("cnn:channels=8,depth=3,image=12,classes=5", 4, 0.01),
     "encoder": ("bert:depth=2,dim=32,heads=2,hidden=64,vocab=60,positions=24,tokens=12", 2, 0.01),
-    # Its last layers have 8 values a channel: a ReLU6 that one target's rounding flips changes
-    # their gradients by per mille, and at larger steps ten of them drift apart, as torch's do.
+    # Deep and with 8 values a channel at its end: one ReLU6 that rounding puts on the other side
+    # changes the gradients below it by some 1e-5, which larger or unluckier steps amplify.
     "mobilenetv2": ("mobilenetv2:width=0.35,image=64", 2, 0.0001),
 }
 EMULATED = ("rpi3", "rpi4", "rpi5", "armv7", "hexagon-v67")
