@@ -58,8 +58,10 @@ def test_sgd_is_torchs(model, scheme):
     check(model, scheme, pocktvm.SGD(lr=lr), lambda p: torch.optim.SGD(p, lr=lr), lr)
 
 
-@pytest.mark.parametrize("model", ["mlp", "mobilenetv2", "bert"])
-def test_adamw_is_torchs(model):
+# At 1e-3 MobileNetV2's loss falls a thousandfold in six steps, and Adam divides rounding by its own
+# size: torch on one thread and on two differ by 6e-4 there, at 1e-4 by 3e-7.
+@pytest.mark.parametrize(("model", "lr"), [("mlp", 1e-3), ("mobilenetv2", 1e-4), ("bert", 1e-3)])
+def test_adamw_is_torchs(model, lr):
     def exempt(name: str) -> bool:
         # The true gradient of an attention key's bias is zero: softmax does not see it.
         return name.endswith((".k.bias", ".key.bias"))
