@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -137,6 +138,7 @@ class RpcRunner:
                 f"{self._address} --key {key}"
             )
         self._expected: list[np.ndarray] | None = None
+        self._uploads = itertools.count()
 
     def _has_server(self) -> bool:
         info = self._tracker.summary().get("server_info", [])
@@ -199,7 +201,8 @@ class RpcRunner:
 
         candidate = Candidate(folder)
         facts = json.loads(candidate.description.read_text())
-        name = f"{folder.name}.so"
+        # a name of its own each time: writing over a library that is loaded kills the server
+        name = f"{folder.name}-{next(self._uploads)}.so"
         session.upload(str(candidate.library), name)
         library = session.load_module(name)
         device = session.cpu(0)
