@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -104,11 +104,17 @@ def tokens(batch: int, length: int, vocabulary: int) -> Tensor:
     return torch.randint(0, vocabulary, (batch, length), generator=generator)
 
 
-def settle_statistics(module: nn.Module, size: int = 64, channels: int = 3) -> None:
+SETTLING_SIZE = 128
+
+
+def settle_statistics(
+    module: nn.Module, size: int = 64, channels: int = 3, branches: Iterable[nn.Module] = ()
+) -> None:
     """Give batch norms the statistics of seeded images, and gains and shifts off 1 and 0.
 
     So activations keep their scale through the depth and a step's loss falls, as in a trained net.
-    Rounded, since convolutions differ in their last bits between machines.
+    Rounded, since convolutions differ in their last bits between machines. `branches` are the last
+    norms of residual branches: small, as training leaves them, or the sum grows with the depth.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     if not norms:
@@ -116,12 +122,15 @@ def settle_statistics(module: nn.Module, size: int = 64, channels: int = 3) -> N
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.8, 1.2)
         nn.init.normal_(norm.bias, std=0.1)
+    for norm in branches:
+        nn.init.uniform_(norm.weight, 0.15, 0.3)
     momentum = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0
     module.train()
     with torch.no_grad():
-        module(images(8, size, channels))
+        # small images end in maps of one pixel: eight samples are no variance to divide by
+        module(images(8, max(size, SETTLING_SIZE), channels))
     module.eval()
     for norm, value in zip(norms, momentum, strict=True):
         norm.momentum = value

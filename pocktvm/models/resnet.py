@@ -120,7 +120,9 @@ def build(options: Mapping[str, str], batch: int) -> ZooModel:
 
     def make() -> nn.Module:
         model = ResNet(depth, o["classes"])
-        settle_statistics(model)
+        last = "c3" if depth == 50 else "c2"
+        branches = [getattr(block, last)[1] for block in model.blocks]
+        settle_statistics(model, branches=branches)
         return model
 
     return ZooModel(
