@@ -40,7 +40,8 @@ MODELS = {  # spec, batch, lr, scheme
 EMULATED = ("rpi3", "rpi4", "rpi5", "armv7", "hexagon-v67")
 LIBC = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0"}
 SLOW = [pytest.param(m, marks=pytest.mark.slow) for m in MODELS if m != "mlp"]
-WORK = Path(tempfile.mkdtemp(prefix="pocktvm-targets-"))
+_FOLDER = tempfile.TemporaryDirectory(prefix="pocktvm-targets-")  # gone with the process
+WORK = Path(_FOLDER.name)
 
 
 def cli(*words: object) -> dict:
