@@ -8,18 +8,26 @@ of each as a JSON list. It ends when stdin closes.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 WARM_UP_STEPS = 3
+
+
+def peak_rss_bytes() -> int:
+    """VmHWM of this process (getrusage would count what its parent had before exec)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def serve(step: Callable[[], float]) -> None:
     """Warm up, then time steps on request; `step` trains once and returns the loss."""
     losses = [float(step()) for _ in range(WARM_UP_STEPS)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_rss_bytes()
     print(json.dumps({"ready": True, "losses": losses, "rss_bytes": peak}), flush=True)
     for line in sys.stdin:
         times = []
