@@ -7,11 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, its batch, and what `sparse` means for it."""
+    """A zoo model and its batch; `peers_model` where the peers' scripts have another variant."""
 
     model: str
     batch: int
     what: str
+    other: str = ""
+
+    @property
+    def peers_model(self) -> str:
+        """The zoo model whose parameters and arithmetic are those of the peers' scripts."""
+        return self.other or self.model
 
 
 WORKLOADS = {
@@ -21,6 +27,8 @@ WORKLOADS = {
     "w3": Workload(
         "bert:depth=6,types=0,act=relu", 4, "six-layer 768-wide encoder, batch 4 of 128 tokens"
     ),
-    "w4": Workload("llama", 1, "Llama of stories15M's shape, batch 1 of 256 tokens"),
+    "w4": Workload(
+        "llama", 1, "Llama of stories15M's shape, batch 1 of 256 tokens", other="llama:rope=half"
+    ),
 }
 SCHEMES = {"sparse": "pockengine", "full": "full"}

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.peers import load_weights
 from benchmarks.workers.protocol import serve
 from pocktvm.frontend.resolve import resolve_model
 
@@ -26,12 +27,15 @@ def main() -> None:
     parser.add_argument("batch", help="npz with x and y")
     parser.add_argument("trained", help="JSON list of the names that learn")
     parser.add_argument("--size", type=int, required=True)
+    parser.add_argument("--weights", help="npz of a peers' folder")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--variant", choices=("eager", "fold_cl", "compile"), default="eager")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     module = resolve_model(options.model, batch=options.size).module.eval()
+    if options.weights:
+        load_weights(module, Path(options.weights))
     trained = set(json.loads(Path(options.trained).read_text()))
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in trained)

@@ -1,0 +1,75 @@
+"""benchmarks: peers' folders and scripts, without any framework."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.contestants import Script
+from benchmarks.peers import PeersDir, load_weights
+from benchmarks.step import _parser, _peers, check_losses, summary
+
+LINE = {"ms_per_step_median": 4.0, "loss0": 2.5, "peak_rss_mb": 3.0}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A peers' folder whose environment is this Python and whose script only prints."""
+    (tmp_path / "v_tf" / "bin").mkdir(parents=True)
+    (tmp_path / "v_tf" / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "bench_tf.py").write_text(f"print('noise'); print({json.dumps(json.dumps(LINE))})")
+    np.savez(tmp_path / "data_w1a.npz", __x=np.zeros(1), __y=np.zeros(1), weight=np.ones((2, 3)))
+    (tmp_path / "train_w1a.json").write_text('{"sparse": ["weight"]}')
+    return tmp_path
+
+
+def test_a_script_is_launched_every_round(folder):
+    shared = PeersDir(folder, "w1a")
+    script = Script("tf", shared.command("tf", "sparse", 1), folder=folder)
+    script.start(1)
+    script.round()
+    script.round()
+    assert (script.times, script.losses, script.rss_bytes) == ([4.0, 4.0], [2.5], 3 * 2**20)
+    assert shared.trained("sparse") == ["weight"]
+
+
+def test_what_is_missing_is_named(folder):
+    with pytest.raises(SystemExit, match="v_jax"):
+        PeersDir(folder, "w1a").command("jax", "sparse", 1)
+    with pytest.raises(SystemExit, match=r"data_w2\.npz"):
+        _ = PeersDir(folder, "w2").weights
+    failing = Script("tf", [sys.executable, "-c", "import sys; sys.exit('no such chip')"])
+    with pytest.raises(SystemExit, match="no such chip"):
+        failing.start(1)
+
+
+def test_weights_are_loaded_by_name_or_refused(folder):
+    module = torch.nn.Linear(3, 2, bias=False)
+    load_weights(module, folder / "data_w1a.npz")
+    assert (module.weight == 1).all()
+    with pytest.raises(SystemExit, match="bias"):
+        load_weights(torch.nn.Linear(3, 2), folder / "data_w1a.npz")
+
+
+def test_peers_that_cannot_are_left_out(capsys):
+    ask = ["--workload", "w3", "--peers", "torch,tf,jax", "--peers-dir", "."]
+    assert _peers(_parser().parse_args(ask)) == ["torch", "jax"]
+    assert "tf: no script for w3" in capsys.readouterr().err
+    for wrong, what in ((["--peers", "mxnet"], "no peer"), (["--peers", "tf"], "--peers-dir")):
+        with pytest.raises(SystemExit, match=what):
+            _peers(_parser().parse_args(wrong))
+
+
+def test_the_summary_keeps_its_names():
+    options = _parser().parse_args([])
+    ours = Script("pocktvm", [], times=[2.0, 4.0, 3.0], losses=[2.5])
+    peers = [Script("tf", [], times=[6.0], losses=[2.5]), Script("jax", [], [9.0], [2.5])]
+    result = summary(options, [ours, *peers], flops=30_000_000, peak=20.0)
+    assert result["ours_ms"] == 3.0
+    assert result["peers"] == {"tf": 6.0, "jax": 9.0}
+    assert (result["ratio_to_best_peer"], result["fraction_of_peak"]) == (0.5, 0.5)
+    peers[1].losses = [2.6]
+    with pytest.raises(SystemExit, match="jax does other work"):
+        check_losses([ours, *peers])
