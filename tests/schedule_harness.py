@@ -12,7 +12,7 @@ from pocktvm.reference import eval_node
 from pocktvm.schedule.pack import apply_pack
 from pocktvm.schedule.rule import Task, defaults
 from pocktvm.targets import load_target
-from pocktvm.tvm_api import IRModule, compile_module, tvm, tvm_target
+from pocktvm.tvm_api import IRModule, buffer_types, compile_module, tvm, tvm_target
 
 rng = np.random.default_rng(0)
 
@@ -44,12 +44,15 @@ def run_rule(task: Task, rule: Any, arrays: dict[str, np.ndarray], **knobs: Any)
         np.full(max(task.values[o].size, 1), 77, task.values[o].dtype) for o in task.node.outputs
     ]
     scratch = [np.full(size, 55, dtype) for size, dtype in emitted.workspaces]
-    buffers = [tvm.runtime.tensor(a) for a in (*inputs, *outputs, *scratch)]
+    declared = [dtype for _, dtype in buffer_types(emitted.func)]  # moved data travels as bits
+    pairs = zip((*inputs, *outputs, *scratch), declared, strict=True)
+    buffers = [tvm.runtime.tensor(a.view(d) if a.size else a) for a, d in pairs]
     compiled = compile_module(IRModule({"main": emitted.func}), tvm_target(task.target.tvm))
     compiled["main"](*buffers)
     results = buffers[len(inputs) : len(inputs) + len(outputs)]
     return [
-        r.numpy().reshape(task.shape(o)) for r, o in zip(results, task.node.outputs, strict=True)
+        r.numpy().view(task.values[o].dtype).reshape(task.shape(o))
+        for r, o in zip(results, task.node.outputs, strict=True)
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from schedule_harness import check_rule, host
@@ -133,6 +135,16 @@ def test_movement(number, move):
     types = typed(**dict(zip(names, shapes, strict=True)), y=out)
     check_rule(Node(op, names, ("y",), attrs), types, Movement(), host(LANES[number % 4]),
                tolerance=0)  # fmt: skip
+
+
+@pytest.mark.parametrize("move", MOVES, ids=lambda m: m[0])
+def test_floats_move_as_bits_where_integers_have_the_wider_vectors(move):
+    op, shapes, out, attrs = move
+    names = tuple(f"x{i}" for i in range(len(shapes)))
+    types = typed(**dict(zip(names, shapes, strict=True)), y=out)
+    target = host(1)
+    target = replace(target, isa=replace(target.isa, integer_vector_bytes=64))
+    check_rule(Node(op, names, ("y",), attrs), types, Movement(), target, tolerance=0)
 
 
 def test_bytes_move_too():

@@ -18,11 +18,17 @@ class Isa:
     cores: int
     l3_bytes: int = 0
     lane_fma: bool = False  # fmla vD, vN, vM.s[i]: multiply by one lane without a broadcast
+    integer_vector_bytes: int = 0  # where integers have wider vectors than floats (0: they do not)
 
     @property
     def lanes(self) -> int:
         """float32 values in one vector."""
         return max(1, self.vector_bytes // 4)
+
+    @property
+    def integer_lanes(self) -> int:
+        """int32 values in one vector of integers, which may also move floats as bits."""
+        return max(self.lanes, self.integer_vector_bytes // 4)
 
 
 @dataclass(frozen=True)

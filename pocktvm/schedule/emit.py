@@ -46,10 +46,12 @@ def build(
     body: Callable[[Context], None],
     workspaces: tuple[tuple[int, str], ...] = (),
     sizes: Mapping[str, int] | None = None,
+    dtypes: Mapping[str, str] | None = None,
 ) -> Any:
     """The PrimFunc of a task: flat buffers for inputs, outputs and workspaces around `body`.
 
     `sizes`: elements of inputs whose packed form is larger than the value itself.
+    `dtypes`: arguments the body reads as bits of another type of the same size.
     """
     with IRBuilder() as builder, T.prim_func():
         T.func_name("main")
@@ -64,7 +66,8 @@ def build(
         for number, name in enumerate((*task.node.inputs, *task.node.outputs)):
             value = task.values[name]
             size = (sizes or {}).get(name, max(value.size, 1))
-            buffer = T.arg(f"a{number}", T.Buffer((size,), value.dtype))
+            dtype = (dtypes or {}).get(name, value.dtype)
+            buffer = T.arg(f"a{number}", T.Buffer((size,), dtype))
             buffers.setdefault(name, buffer)
         scratch = [
             T.arg(f"w{i}", T.Buffer((size,), dtype)) for i, (size, dtype) in enumerate(workspaces)

@@ -23,6 +23,17 @@ RUN = 4096  # elements of a contiguous run that one task takes
 WIDE = ("float32", "int32")  # what is moved as vectors; bytes are left to LLVM
 
 
+def moved_as(dtype: str, isa: Isa) -> str:
+    """The type a kernel that only moves data reads `dtype` as: int32 where integers have the wider
+    vectors (Hexagon's HVX), so that floats travel as bits."""
+    return "int32" if dtype in WIDE and isa.integer_lanes > isa.lanes else dtype
+
+
+def move_lanes(dtype: str, isa: Isa) -> int:
+    """Elements of `dtype` that one load or store moves."""
+    return {"float32": isa.lanes, "int32": isa.integer_lanes}.get(dtype, 1)
+
+
 def row_major(shape: Sequence[int]) -> list[int]:
     """The stride of every axis of a dense tensor."""
     return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
@@ -58,8 +69,8 @@ def copy_box(box: Box, source: Any, target: Any, dtype: str, isa: Isa) -> None:
         return
     box = box.merged()
     parallel = worth_threads(isa, 4 * math.prod(box.extents))
-    lanes = isa.lanes if dtype in WIDE else 1
-    inner = transposed_axis(box) if lanes > 1 else None
+    lanes = move_lanes(dtype, isa)
+    inner = transposed_axis(box) if dtype in WIDE and isa.lanes > 1 else None
     if inner is not None:
         _transposed(box, inner, source, target, parallel)
         return
@@ -118,7 +129,7 @@ def _offset(start: int, indices: Sequence[Expr], strides: Sequence[int]) -> Expr
 
 def fill(buffer: Any, size: int, value: Expr, dtype: str, isa: Isa) -> None:
     """Every element of a buffer."""
-    lanes = isa.lanes if dtype in WIDE else 1
+    lanes = move_lanes(dtype, isa)
     block = min(size, RUN)
     for (run,) in grid((ceil_div(size, block),), worth_threads(isa, 4 * size)):
         for start, count in tile_at(run, size, block):

@@ -43,10 +43,10 @@ class Elementwise:
         shape = task.shape(task.node.outputs[0])
         columns = shape[-1]
         rows = task.values[task.node.outputs[0]].size // columns
-        unroll = knobs["unroll"]
+        unroll, lanes = knobs["unroll"], _lanes(task)
 
         def piece(ctx: Context, row: Any, base: Any, extent: int) -> None:
-            for start, width in vector_loop(extent, ctx.lanes, unroll):
+            for start, width in vector_loop(extent, lanes, unroll):
                 at = Position(shape, row, base + start, width)
                 store_outputs(ctx, evaluate(ctx, task.node.kernel_nodes(), {}, at), at)
 
@@ -66,6 +66,13 @@ class Elementwise:
                 piece(ctx, zero, tirx.const(done, "int32"), columns - done)
 
         return Emitted(build(task, body), inplace=pairs)
+
+
+def _lanes(task: Task) -> int:
+    """Integers alone may have wider vectors than floats; mixed chains have the floats'."""
+    names = [n for node in task.node.kernel_nodes() for n in (*node.inputs, *node.outputs)]
+    integers = {task.values[n].dtype for n in names} == {"int32"}
+    return task.target.isa.integer_lanes if integers else task.target.isa.lanes
 
 
 def flatten(task: Task) -> Task:

@@ -15,7 +15,7 @@ from typing import Any
 from pocktvm.schedule.emit import Context, build, const, load, store, vector_loop
 from pocktvm.schedule.loops import ceil_div, grid, tile_at, worth_threads
 from pocktvm.schedule.rule import Emitted, Knob, Task
-from pocktvm.schedule.strided_copy import WIDE, fill
+from pocktvm.schedule.strided_copy import fill, move_lanes, moved_as
 from pocktvm.tvm_api import T, tirx
 
 Expr = Any
@@ -76,7 +76,8 @@ class Take:
         """One row copy an index."""
         node, isa = task.node, task.target.isa
         t = _table(task, node.inputs[0])
-        lanes = isa.lanes if task.values[node.outputs[0]].dtype in WIDE else 1
+        dtype = moved_as(task.values[node.outputs[0]].dtype, isa)
+        lanes = move_lanes(dtype, isa)
 
         def body(ctx: Context) -> None:
             table, y = ctx.buffers[node.inputs[0]], ctx.buffers[node.outputs[0]]
@@ -88,7 +89,8 @@ class Take:
                 for c, w in vector_loop(t.inner, lanes, 2):
                     store(y, goal + c, load(table, source + c, w), w)
 
-        return Emitted(build(task, body))
+        bits = {name: dtype for name in (node.inputs[0], node.outputs[0])}
+        return Emitted(build(task, body, dtypes=bits))
 
 
 class TakeGrad:

@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from pocktvm.schedule.emit import Context, build, const
 from pocktvm.schedule.loops import grid, worth_threads
 from pocktvm.schedule.rule import Emitted, Knob, Task
-from pocktvm.schedule.strided_copy import Box, copy_box, fill, row_major
+from pocktvm.schedule.strided_copy import Box, copy_box, fill, moved_as, row_major
 from pocktvm.tvm_api import T, tirx
 
 Expr = Any
@@ -34,7 +36,9 @@ class Movement:
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
         """Boxes from inputs to the output."""
-        return Emitted(build(task, lambda ctx: BODIES[task.node.op](_Move(ctx))))
+        names = (*task.node.inputs, *task.node.outputs)
+        bits = {n: moved_as(task.values[n].dtype, task.target.isa) for n in names}
+        return Emitted(build(task, lambda ctx: BODIES[task.node.op](_Move(ctx)), dtypes=bits))
 
 
 class _Move:
@@ -44,6 +48,7 @@ class _Move:
         self.ctx, self.node, self.isa = ctx, ctx.task.node, ctx.task.target.isa
         self.out = ctx.task.values[self.node.outputs[0]]
         self.target = ctx.buffers[self.out.name]
+        self.dtype = moved_as(self.out.dtype, self.isa)
 
     def shape(self, number: int = 0) -> tuple[int, ...]:
         """The shape of an input."""
@@ -52,12 +57,13 @@ class _Move:
     def copy(self, box: Box, number: int = 0) -> None:
         """From an input to the output."""
         source = self.ctx.buffers[self.node.inputs[number]]
-        copy_box(box, source, self.target, self.out.dtype, self.isa)
+        copy_box(box, source, self.target, self.dtype, self.isa)
 
     def fill(self, value: float) -> None:
         """The whole output."""
-        filler = const(value, 1, self.out.dtype)
-        fill(self.target, self.out.size, filler, self.out.dtype, self.isa)
+        if self.dtype != self.out.dtype:
+            value = int(np.array(value, self.out.dtype).view(self.dtype))
+        fill(self.target, self.out.size, const(value, 1, self.dtype), self.dtype, self.isa)
 
 
 def permute_dims(move: _Move) -> None:
