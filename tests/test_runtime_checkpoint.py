@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import time
@@ -217,6 +218,30 @@ def test_killed_at_any_moment_it_resumes_where_the_checkpoint_is(folder, tmp_pat
         path.unlink()
     run(folder, "--steps", 40, "--save", path, "--save-every", "7")
     assert run(folder, "--steps", 100, "--resume", path)["losses"] == whole[40:]
+
+
+def test_a_hundred_kills_later_the_weights_are_the_unbroken_runs(folder, tmp_path):
+    """SIGKILL at random moments, start-up and the writing of checkpoints among them."""
+    chance, broken, whole = random.Random(0), tmp_path / "broken", tmp_path / "whole"
+    kills = found = 0
+    while kills < 100:
+        resume = ("--resume", broken) if broken.exists() else ()
+        options = ("--steps", 10**9, "--save", broken, "--save-every", "2ms", *resume)
+        child = subprocess.Popen([folder / "pocktvm-run", folder, *map(str, options)])
+        time.sleep(chance.uniform(0, 0.06))
+        assert child.poll() is None
+        child.kill()
+        child.communicate()
+        kills += 1
+        if broken.exists():
+            reached = run(folder, "--steps", 0, "--resume", broken)["steps"]
+            assert reached >= found
+            found = reached
+    assert found > 100
+    total = found + 1000
+    run(folder, "--steps", total, "--resume", broken, "--save", broken)
+    run(folder, "--steps", total, "--save", whole)
+    assert broken.read_bytes() == whole.read_bytes()
 
 
 def test_it_ends_cleanly_when_asked_to(folder, tmp_path):
