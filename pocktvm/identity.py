@@ -46,7 +46,7 @@ def identify(
         batch=inputs[0].shape[0] if inputs and inputs[0].shape else 1,
         inputs=inputs,
         output_shape=model.output_shape,
-        updated=dict(updated),
+        updated={name: float(share) for name, share in updated.items()},
         state={n: np.asarray(p.value) for n, p in model.parameters.items()},
         aliases={n: p.aliases for n, p in model.parameters.items() if p.aliases},
         versions=versions(),

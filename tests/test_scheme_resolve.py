@@ -140,14 +140,26 @@ def test_a_scheme_that_trains_nothing_is_refused():
         Scheme({})
 
 
-@pytest.mark.parametrize("value", [0.25, "out:0.5", [0, 3, 5]])
-def test_parts_of_tensors_parse_and_are_refused_at_resolve(value):
-    scheme = Scheme({"fc.weight": value})
-    with pytest.raises(PockError, match="channel-level"):
-        scheme.resolve(make_model())
+@pytest.mark.parametrize(
+    ("value", "axis", "indices"),
+    [(0.25, 1, 2), ("out:0.5", 0, 5), ([0, 3, 5], 1, 3), ("out: [1, 9]", 0, 2), ("in:0.5", 1, 4)],
+)
+def test_parts_of_tensors_say_which_axis_and_channels(value, axis, indices):
+    part = Scheme({"fc.weight": value}).resolve(make_model())["fc.weight"]
+    assert (part.axis, len(part.indices)) == (axis, indices)
+    assert part == indices / (10, 8)[axis]
 
 
-@pytest.mark.parametrize("value", [2, -1, "half", "out:3", [], [1, 1], [-1], None, "left:0.5"])
+def test_all_or_none_of_the_channels_is_1_or_0():
+    assert Scheme({"fc.*": 0.5, "fc.weight": "out:1", "fc.bias": 0.0}).mapping == {
+        "fc.*": 0.5, "fc.weight": 1, "fc.bias": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "value",
+    [2, -1, "half", "out:3", [], [1, 1], [-1], None, "left:0.5", "out:[]", "best:0.5", "out:[1"],
+)
 def test_values_that_mean_nothing_are_refused(value):
     with pytest.raises(PockError, match="expected 1, 0"):
         Scheme({"fc.weight": value})

@@ -23,20 +23,19 @@ from pocktvm.autodiff.to_graph import Converter, GraphBuilder
 from pocktvm.errors import PockError
 from pocktvm.ir.graph import Graph, Param
 from pocktvm.ir.model import Model
+from pocktvm.ir.part import Part
 from pocktvm.tvm_api import relax
 
 
 def differentiate(
     model: Model, updated: Mapping[str, float], loss: Loss, optimizer: Optimizer
 ) -> tuple[Graph, Graph]:
-    """The step and predict programs of `model` when `updated` (parameter -> share) learns.
+    """The step and predict programs of `model` when `updated` (parameter -> share) learns; a share
+    that is a `Part` names the slice.
 
     Raises PockError for an operator without a gradient on the way to a tensor that learns (all of
     them at once), and when no tensor of `updated` reaches the loss.
     """
-    parts = [name for name, share in updated.items() if share != 1.0]
-    if parts:
-        raise PockError(f"'{parts[0]}' learns in part; whole tensors only in this version (use 1).")
     prepared = prepare(model, loss)
     function = prepared.module[ENTRY]
     index = {name: i for i, name in enumerate(prepared.names)}
@@ -50,32 +49,45 @@ def differentiate(
     with needing(needed & reached):
         gradient = relax.transform.Gradient(ENTRY, require_grads=[wanted[n] for n in trained])
         module = gradient(prepared.module)
-    step = _step(model, prepared, module[f"{ENTRY}_adjoint"], trained, optimizer)
-    return step, _predict(model, trained)
+    parts = {n: part for n in trained if isinstance(part := updated[n], Part)}
+    step = _step(model, prepared, module[f"{ENTRY}_adjoint"], trained, optimizer, parts)
+    return step, _predict(model, trained, parts)
 
 
 def _step(
-    model: Model, prepared: Prepared, function: Any, trained: list[str], optimizer: Optimizer
+    model: Model,
+    prepared: Prepared,
+    function: Any,
+    trained: list[str],
+    optimizer: Optimizer,
+    parts: Mapping[str, Part],
 ) -> Graph:
     builder = GraphBuilder("step")
-    converter = Converter(builder, _sources(builder, model, prepared, function, trained))
+    env = _sources(builder, model, prepared, function, trained, parts)
+    converter = Converter(builder, env)
     forward_end = prepared.module[ENTRY].body.body.name
     loss, gradients = converter.run(function, forward_end)
     builder.nodes = join_slices(builder.nodes, builder.values)
-    updates = optimizer.apply(builder, dict(zip(trained, gradients, strict=True)))
+    updates = optimizer.apply(builder, dict(zip(trained, gradients, strict=True)), parts)
     return builder.graph({"loss": loss}, updates)
 
 
-def _predict(model: Model, trained: list[str]) -> Graph:
+def _predict(model: Model, trained: list[str], parts: Mapping[str, Part]) -> Graph:
     prepared = prepare(model, None)
     function = prepared.module[ENTRY]
     builder = GraphBuilder("predict")
-    converter = Converter(builder, _sources(builder, model, prepared, function, trained))
+    env = _sources(builder, model, prepared, function, trained, parts)
+    converter = Converter(builder, env)
     return builder.graph({"output": converter.run(function)}, {})
 
 
 def _sources(
-    builder: GraphBuilder, model: Model, prepared: Prepared, function: Any, trained: list[str]
+    builder: GraphBuilder,
+    model: Model,
+    prepared: Prepared,
+    function: Any,
+    trained: list[str],
+    parts: Mapping[str, Part],
 ) -> dict[Any, str]:
     """Declare inputs, tensors that learn and frozen ones; the function's variables by name."""
     shapes = {i.name: i for i in prepared.inputs}
@@ -87,7 +99,9 @@ def _sources(
         parameter = model.parameters[name]
         if name in trained:
             value = parameter.value.astype("float32", copy=False)
-            env[var] = builder.param(Param(name, value, "trained", None, parameter.aliases))
+            part = (parts[name].axis, parts[name].indices) if name in parts else None
+            param = Param(name, value, "trained", None, parameter.aliases, part)
+            env[var] = builder.param(param)
         else:
             env[var] = builder.frozen(name, parameter.value)
     return env

@@ -12,18 +12,22 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from pocktvm.autodiff.partial import put_part, take_parts
 from pocktvm.autodiff.to_graph import GraphBuilder
 from pocktvm.errors import PockError
 from pocktvm.ir.graph import Param
 from pocktvm.ir.options import parse_options
+from pocktvm.ir.part import Part
 
 
 class _Maths:
-    """Nodes of one tensor's update, all of its shape, named after it."""
+    """Nodes of one tensor's update, named after it. `value` is what learns: the tensor, or the
+    slice of it that does; all nodes have its shape."""
 
-    def __init__(self, builder: GraphBuilder, tensor: str) -> None:
+    def __init__(self, builder: GraphBuilder, tensor: str, value: str = "") -> None:
         self.builder = builder
         self.tensor = tensor
+        self.value = value or tensor
         self.layer = tensor.rpartition(".")[0]
 
     def __call__(self, op: str, *args: str | float) -> str:
@@ -32,22 +36,22 @@ class _Maths:
         return self.builder.node(op, *names, role="gradient", layer=self.layer, name=name)
 
     def state(self, kind: str) -> str:
-        """A tensor of zeros beside the parameter."""
-        zeros = np.zeros(self.builder.values[self.tensor].shape, "float32")
+        """A tensor of zeros beside what learns."""
+        zeros = np.zeros(self.builder.values[self.value].shape, "float32")
         return self.builder.param(Param(f"{kind}/{self.tensor}", zeros, "optimizer"))
 
     def decayed(self, grad: str, weight_decay: float) -> str:
         """grad + weight_decay * parameter."""
         if not weight_decay:
             return grad
-        return self("add", grad, self("multiply", self.tensor, weight_decay))
+        return self("add", grad, self("multiply", self.value, weight_decay))
 
     def shrunk(self, weight_decay: float) -> str:
         """parameter * (1 - lr * weight_decay)."""
         if not weight_decay:
-            return self.tensor
+            return self.value
         factor = self("subtract", 1.0, self("multiply", "lr", weight_decay))
-        return self("multiply", self.tensor, factor)
+        return self("multiply", self.value, factor)
 
     def mix(self, old: str, new: str, beta: float) -> str:
         """old + (new - old) * (1 - beta): torch's lerp."""
@@ -79,12 +83,23 @@ class Optimizer:
         self.clip_norm = None if clip_norm is None else float(clip_norm)
         self.clip_tensor = None if clip_tensor is None else float(clip_tensor)
 
-    def apply(self, builder: GraphBuilder, gradients: Mapping[str, str]) -> dict[str, str]:
-        """Append every update; parameter or state -> the value that replaces it."""
+    def apply(
+        self,
+        builder: GraphBuilder,
+        gradients: Mapping[str, str],
+        parts: Mapping[str, Part] | None = None,
+    ) -> dict[str, str]:
+        """Append every update; parameter or state -> the value that replaces it. Of a tensor in
+        `parts` only that slice is updated."""
         builder.scalar("lr")
         updates: dict[str, str] = {}
+        gradients, slices = take_parts(builder, gradients, parts or {})
         for tensor, grad in self._clipped(builder, gradients).items():
-            updates |= self.update(_Maths(builder, tensor), tensor, grad)
+            value = slices.get(tensor, tensor)
+            made = self.update(_Maths(builder, tensor, value), value, grad)
+            if parts and tensor in parts:
+                made[tensor] = put_part(builder, tensor, parts[tensor], made.pop(value))
+            updates |= made
         return updates
 
     def update(self, m: _Maths, tensor: str, grad: str) -> dict[str, str]:

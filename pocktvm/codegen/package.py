@@ -169,9 +169,12 @@ def _inputs(kernels: Kernels, identity: Identity) -> list[dict[str, Any]]:
 def _tensors(kernels: Kernels) -> dict[str, dict[str, Any]]:
     params = sorted(kernels.params.values(), key=lambda p: p.name)
     return {
-        p.name: {"kind": p.kind, "shape": list(p.torch_shape), "aliases": list(p.aliases)}
+        p.name: {
+            "kind": p.kind, "shape": list(p.torch_shape), "aliases": list(p.aliases),
+            **({} if p.part is None else {"axis": p.part[0], "indices": list(p.part[1])}),
+        }
         for p in params
-    }
+    }  # fmt: skip
 
 
 def _plan(plan: MemoryPlan) -> dict[str, Any]:

@@ -159,6 +159,11 @@ def _tensor(w: Writer, name: str, param: Param, aliases: str) -> str:
     if not planned:
         raise InternalError(f"the plan has no place for '{param.name}'")
     optimizer = param.kind == "optimizer"
+    axis, indices = param.part or (-1, ())
+    part = "NULL"
+    if indices:
+        part = f"part_{aliases}"
+        w.parts.append(array("int32_t", part, map(str, indices)))
     starts_at = "PK_NOWHERE"
     if optimizer and param.value.any():
         starts_at = str(w.frozen.add(param.value))
@@ -172,6 +177,9 @@ def _tensor(w: Writer, name: str, param: Param, aliases: str) -> str:
         "offset": w.arena_offset(planned[0], name),
         "size": param.value.size,
         "initial": starts_at,
+        "part_axis": axis,
+        "part_count": len(indices),
+        "part": part,
     })  # fmt: skip
 
 
@@ -255,10 +263,16 @@ def _write_self_test(w: Writer) -> None:
 
 def fingerprint(kernels: Kernels, state: Mapping[str, np.ndarray]) -> str:
     """Hash of the frozen weights: a checkpoint only makes sense on top of the same ones."""
-    trained = {n for p in kernels.params.values() for n in (p.name, *p.aliases)}
+    trained = {n: p for p in kernels.params.values() for n in (p.name, *p.aliases)}
     digest = hashlib.sha256()
-    for name in sorted(set(state) - trained):
+    for name in sorted(state):
         value = np.ascontiguousarray(state[name])
+        if name in trained:
+            part = trained[name].part
+            if part is None:
+                continue
+            digest.update(repr(part).encode())
+            value = np.delete(value, part[1], part[0])  # the rest of it is frozen
         digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
         digest.update(value.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:16]

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pocktvm.errors import PockError
+from pocktvm.frontend.channels import find_channels
 from pocktvm.frontend.torch import import_torch
 from pocktvm.ir.model import Model
 
 
 def import_model(module: Any, example_inputs: Any, **options: Any) -> Model:
     """`import_torch`, or for the path of an .onnx file `import_onnx` at the inputs' batch."""
+    model = _imported(module, example_inputs, **options)
+    return replace(model, channels=find_channels(model.module["main"], list(model.parameters)))
+
+
+def _imported(module: Any, example_inputs: Any, **options: Any) -> Model:
     if not isinstance(module, str | Path):
         return import_torch(module, example_inputs, **options)
     if Path(module).suffix != ".onnx":

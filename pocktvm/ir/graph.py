@@ -98,7 +98,8 @@ class Param:
 
     `name` is torch's (`blocks.0.weight`; an optimizer's state is `<state>/<parameter>`, such as
     `exp_avg/blocks.0.weight`); the graph's value has the same name. `perm` maps torch's axes to the
-    stored ones: stored = torch_array.transpose(perm), None for identity.
+    stored ones: stored = torch_array.transpose(perm), None for identity. Of a trained tensor with
+    a `part` only the indices part[1] along torch's axis part[0] ever change.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Param:
     kind: str  # trained | optimizer
     perm: tuple[int, ...] | None = None
     aliases: tuple[str, ...] = ()
+    part: tuple[int, tuple[int, ...]] | None = None
 
     @property
     def torch_shape(self) -> tuple[int, ...]:

@@ -36,6 +36,15 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class Axes:
+    """Where a weight has its channels: axis of the inputs, of the outputs, and its groups."""
+
+    inputs: int = 1
+    outputs: int = 0
+    groups: int = 1
+
+
+@dataclass(frozen=True)
 class Model:
     """`module["main"]` is a Relax function of the inputs, then the parameters, in the order of the
     two mappings below; it returns one tensor. Buffers (BN statistics) are bound as constants.
@@ -60,6 +69,8 @@ class Model:
     shifts: Mapping[str, str] = field(default_factory=dict)
     # embedding table -> its padding_idx (the row whose lookups give no gradient)
     padding: Mapping[str, int] = field(default_factory=dict)
+    # weight -> its axes, where they are not the plain ones
+    channels: Mapping[str, Axes] = field(default_factory=dict)
     # name of a variable in module["main"] -> torch layer it comes from, for messages
     layers: Mapping[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()

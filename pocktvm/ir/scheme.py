@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pocktvm.errors import PockError
-from pocktvm.ir.model import Model, Parameter
+from pocktvm.ir.model import Axes, Model, Parameter
+from pocktvm.ir.part import choose, parse_value, ranks_by_activation
 
 NAMES = ("full", "last", "bias:N", "blocks:N", "pockengine", "lora:N:r=8", "auto")
 
@@ -106,10 +107,17 @@ class Scheme:
             return cls.from_toml(text)
         return cls(None, name=_checked_name(text))
 
-    def resolve(self, model: Model) -> dict[str, float]:
+    @property
+    def needs_data(self) -> bool:
+        """True when channels are chosen by what they carry on the caller's data."""
+        return any(ranks_by_activation(v) for v in (self.mapping or {}).values())
+
+    def resolve(self, model: Model, activity: Mapping[str, Any] | None = None) -> dict[str, float]:
         """Parameter name -> share that learns (1.0: the whole tensor), in the model's order.
 
-        Only what learns is in the result. `requires_grad=False` freezes whatever the scheme says.
+        A share below 1 is a `Part` (ir/part.py), which says which indices of which axis. Only what
+        learns is in the result. `requires_grad=False` freezes whatever the scheme says.
+        `activity`: weight -> a number for each input channel, for what ranks by activation.
         Raises PockError for a pattern that matches nothing, for more blocks than the model has,
         and when nothing would learn.
         """
@@ -117,14 +125,8 @@ class Scheme:
             wanted = _match(self.mapping, model, str(self))
         else:
             wanted = self._named(model)
-        for name, value in wanted.items():
-            if not isinstance(value, int | float) or value not in (0, 1):
-                raise PockError(
-                    f"scheme: '{name}' = {value!r} trains a part of a tensor, but channel-level "
-                    "updates are not in this version. Use 1 (all of it) or 0 (frozen)."
-                )
         learns = {
-            name: 1.0
+            name: _share(model, parameter, wanted[name], activity or {})
             for name, parameter in model.parameters.items()
             if wanted.get(name) and _can_learn(parameter)
         }
@@ -225,33 +227,7 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _checked(mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not mapping:
         raise PockError(f"{where} names no tensor; give patterns such as {{'classifier.*': 1}}.")
-    return {pattern: _value(pattern, value) for pattern, value in mapping.items()}
-
-
-def _value(pattern: Any, value: Any) -> Any:
-    """1, 0, a share in [0, 1], "out:share", or a list of channel indices."""
-    if not isinstance(pattern, str):
-        raise PockError(f"scheme: {pattern!r} is no pattern over parameter names.")
-    if isinstance(value, list | tuple):
-        ok = value and all(type(i) is int and i >= 0 for i in value)
-        if ok and len(set(value)) == len(value):
-            return tuple(value)
-    elif isinstance(value, bool | int | float) and 0 <= value <= 1:
-        return int(value) if value in (0, 1) else float(value)
-    elif isinstance(value, str):
-        side, _, share = value.rpartition(":")
-        try:
-            number = float(share)
-        except ValueError:
-            number = -1.0
-        if side in ("", "out", "in") and 0 <= number <= 1:
-            if number in (0, 1):
-                return int(number)
-            return f"out:{number:g}" if side == "out" else number
-    raise PockError(
-        f"scheme: '{pattern}' = {value!r}: expected 1, 0, a share such as 0.25, "
-        '"out:0.25", or a list of channel indices.'
-    )
+    return {pattern: parse_value(pattern, value) for pattern, value in mapping.items()}
 
 
 # Choices ---------------------------------------------------------------------------------------
@@ -351,6 +327,15 @@ def _pockengine(model: Model) -> dict[str, Any]:
         if first is not None:
             chosen[first] = 1
     return chosen | _all(model, in_classifier)
+
+
+def _share(
+    model: Model, parameter: Parameter, value: Any, activity: Mapping[str, Any]
+) -> float:
+    if value == 1:
+        return 1.0
+    axes = model.channels.get(parameter.name, Axes())
+    return choose(parameter, axes, value, activity.get(parameter.name))
 
 
 def _can_learn(parameter: Parameter) -> bool:

@@ -81,13 +81,13 @@ class MCUNet(nn.Module):
 def published_scheme(folded: bool) -> dict[str, float]:
     """PockEngine's: biases of the last 7 blocks, the first 1×1 of four in the middle, classifier.
 
-    The paper gives one of the four half of its channels; here whole tensors learn.
+    The third of the four has half of its input channels, as in the paper.
     """
     scheme: dict[str, float] = {}
     for block in range(7, 14):
         scheme[f"blocks.{block}.*.0.bias" if folded else f"blocks.{block}.*.1.bias"] = 1
     for block in (7, 8, 9, 10):
-        scheme[f"blocks.{block}.pw1.0.weight"] = 1
+        scheme[f"blocks.{block}.pw1.0.weight"] = 0.5 if block == 9 else 1
     return scheme | {"fc.*": 1}
 
 

@@ -45,6 +45,7 @@ KEEPS_RANK = frozenset(
     "sum mean max min prod concat strided_slice strided_slice_grad pad softmax log_softmax "
     "softmax_grad log_softmax_grad broadcast_to cumsum".split()
 )
+CHANNELS = frozenset({"take", "put"})  # along one axis of a 4-D value, operand 1 are its indices
 REDUCES = frozenset("sum mean max min prod".split())
 
 
@@ -65,6 +66,8 @@ def follows(graph: Graph, node: Node) -> bool:
     """True for an operator that works in any order of its 4-D operands' axes."""
     if len(node.outputs) != 1:
         return False
+    if node.op in CHANNELS:
+        return all(len(graph.values[n].shape) == 4 for n in (node.inputs[0], *node.outputs))
     if is_elementwise(node.op) or node.op in KEEPS_RANK:
         return len(graph.values[node.outputs[0]].shape) == 4
     return False
@@ -229,7 +232,11 @@ class LayoutEditor(Editor):
         if node.op == "pad":
             widths = node.attrs["pad_width"]
             attrs["pad_width"] = tuple(w for a in perm for w in widths[2 * a : 2 * a + 2])
-        self.write(node, [self.read_broadcast(i, perm) for i in node.inputs], perm, **attrs)
+        inputs = [
+            i if at == 1 and node.op in CHANNELS else self.read_broadcast(i, perm)
+            for at, i in enumerate(node.inputs)
+        ]
+        self.write(node, inputs, perm, **attrs)
 
     def _reduce(self, node: Node) -> bool:
         """A reduction that drops axes, where the order of the kept ones does not change."""

@@ -1,6 +1,7 @@
 """The algebra of strided slices: how a cut of one tensor becomes a cut of another.
 
-A cut has one entry per axis: None keeps the axis whole, (begin, end, stride) keeps a progression.
+A cut has one entry per axis: None keeps the axis whole, (begin, end, stride) keeps a progression,
+`Picked` any other increasing indices.
 """
 
 from __future__ import annotations
@@ -13,40 +14,60 @@ import numpy as np
 from pocktvm.passes.simplify_views import refinement
 
 Range = tuple[int, int, int]
-Cut = tuple[Range | None, ...]
 Shape = tuple[int, ...]
+
+
+class Picked(tuple[int, ...]):
+    """The indices kept of an axis, where they are no progression."""
+
+
+Cut = tuple[Range | Picked | None, ...]
+
+
+def kept(part: Range | Picked, extent: int) -> Sequence[int]:
+    """The indices an entry keeps of an axis."""
+    return part if isinstance(part, Picked) else range(extent)[slice(*part)]
+
+
+def picked(indices: Sequence[int], extent: int) -> Range | Picked | None:
+    """The entry that keeps these increasing indices of an axis."""
+    if len(indices) == extent:
+        return None
+    return _range(indices) or Picked(indices)
 
 
 def cut_of(attrs: Mapping[str, Any], shape: Shape) -> Cut:
     """The cut a strided_slice of a tensor of this shape makes."""
     strides = attrs.get("strides") or (1,) * len(shape)
-    cut: list[Range | None] = []
+    cut: list[Range | Picked | None] = []
     for b, e, s, n in zip(attrs["begin"], attrs["end"], strides, shape, strict=True):
-        kept = range(n)[slice(b, e, s)]
-        whole = len(kept) == n and kept.step == 1
-        cut.append(None if whole else _range(kept))
+        inside = range(n)[slice(b, e, s)]
+        whole = len(inside) == n and inside.step == 1
+        cut.append(None if whole else _range(inside))
     return tuple(cut)
 
 
-def _range(kept: Sequence[int]) -> Range | None:
+def _range(indices: Sequence[int]) -> Range | None:
     """(begin, end, stride) of an increasing progression; None when it is not one."""
-    if not len(kept):
+    if not len(indices):
         return None
-    if len(kept) == 1:
-        return int(kept[0]), int(kept[0]) + 1, 1
-    steps = set(np.diff(np.asarray(kept)).tolist())
+    first, last = int(indices[0]), int(indices[-1])
+    if len(indices) == 1:
+        return first, first + 1, 1
+    steps = set(np.diff(np.asarray(indices)).tolist())
     stride = steps.pop()
-    return (int(kept[0]), int(kept[-1]) + 1, int(stride)) if not steps and stride > 0 else None
+    return (first, last + 1, int(stride)) if not steps and stride > 0 else None
 
 
 def cut_shape(cut: Cut, shape: Shape) -> Shape:
     """The shape that remains."""
-    return tuple(n if c is None else len(range(*c)) for c, n in zip(cut, shape, strict=True))
+    return tuple(n if c is None else len(kept(c, n)) for c, n in zip(cut, shape, strict=True))
 
 
 def cut_attrs(cut: Cut, shape: Shape) -> dict[str, tuple[int, ...]]:
-    """The attributes of strided_slice."""
-    full = [(0, n, 1) if c is None else c for c, n in zip(cut, shape, strict=True)]
+    """The attributes of strided_slice; axes with picked indices are left whole."""
+    pairs = zip(cut, shape, strict=True)
+    full = [(0, n, 1) if c is None or isinstance(c, Picked) else c for c, n in pairs]
     begin, end, strides = zip(*full, strict=True)
     return {"begin": begin, "end": end, "strides": strides}
 
@@ -69,7 +90,7 @@ def permuted_cut(cut: Cut, axes: Sequence[int]) -> Cut:
 
 def unpermuted_cut(cut: Cut, axes: Sequence[int]) -> Cut:
     """The cut of x from that of permute_dims(x, axes)."""
-    back: list[Range | None] = [None] * len(axes)
+    back: list[Range | Picked | None] = [None] * len(axes)
     for i, a in enumerate(axes):
         back[a] = cut[i]
     return tuple(back)
@@ -83,30 +104,32 @@ def reshaped_cut(cut: Cut, before: Shape, after: Shape) -> Cut | None:
     dims, old, new = pieces
     fine: dict[int, list[int]] = {}
     for axis, parts in enumerate(old):
-        if (kept := cut[axis]) is None:
+        if (entry := cut[axis]) is None:
             continue
-        split = _split(kept, [dims[p] for p in parts])
+        split = _split(entry, [dims[p] for p in parts])
         if split is None:
             return None
         fine.update(zip(parts, split, strict=True))
-    result: list[Range | None] = []
+    result: list[Range | Picked | None] = []
+    free = any(isinstance(c, Picked) for c in cut)
     for axis, parts in enumerate(new):
         sets = [fine.get(p, list(range(dims[p]))) for p in parts]
         if all(len(s) == dims[p] for s, p in zip(sets, parts, strict=True)):
             result.append(None)
             continue
         grid = np.arange(after[axis]).reshape([dims[p] for p in parts])
-        found = _range(grid[np.ix_(*sets)].ravel().tolist())
-        if found is None:
+        indices = grid[np.ix_(*sets)].ravel().tolist()
+        found = _range(indices)
+        if found is None and not free:
             return None
-        result.append(found)
+        result.append(found or Picked(indices))
     return tuple(result)
 
 
-def _split(kept: Range, dims: Sequence[int]) -> list[list[int]] | None:
+def _split(entry: Range | Picked, dims: Sequence[int]) -> list[list[int]] | None:
     """The indices kept of each factor of an axis, when the kept ones are their product."""
     grid = np.zeros(int(np.prod(dims)), bool)
-    grid[slice(*kept)] = True
+    grid[list(kept(entry, grid.size))] = True
     grid = grid.reshape(dims)
     sets = [
         np.flatnonzero(grid.any(axis=tuple(j for j in range(len(dims)) if j != i))).tolist()

@@ -4,16 +4,19 @@
     g = f'(strided_slice_grad(d), x)         →  g = strided_slice_grad(f'(d, strided_slice(x)))
     dw = matmul(strided_slice_grad(d)^T, x)  →  dw = matmul(d^T, strided_slice(x))
     dg = strided_slice(matmul(x^T, dy))      →  dg = matmul(strided_slice(x)^T, dy)
+    dw = take(conv2d_weight_grad(x, dy))     →  dw = conv2d_weight_grad(take(x), dy)
 
 A classifier that reads token 0 needs one row of the last encoder layer: of its feed-forward (two
 thirds of a layer's work), of its attention's queries, and in the backward pass nothing else of
-them. A gradient of which a share is asked computes that share and keeps that share of its operand.
+them. A gradient of which a share is asked computes that share and keeps that share of its operand:
+where the scheme trains chosen channels, a `take` of constant indices is a cut like any other.
 
 Two walks. Forward, the gradient of a slice (zeros around d) moves through whatever maps zero rows
 to zero rows, until it meets a reader that sums over the rows (which then reads the slice alone) or
 dense values. After that the backward pass reads slices of the forward values, and the second walk,
 from the end, replaces a node all of whose readers make the same cut by the node of cut operands.
-A cut that keeps more than half stays where it is: it would cost copies and end fused kernels.
+A cut that keeps more than half stays where it is, unless of a weight's gradient: it would cost
+copies and end fused kernels.
 
 Runs after the first simplify (transposes are flags) and before flatten_rows and assign_layout.
 Source: what PockEngine (Zhu et al. 2023, section 3.2) does for channels, carried to every axis.
@@ -39,15 +42,17 @@ from pocktvm.passes.cuts import (
     unpermuted_cut,
 )
 from pocktvm.passes.edit import Editor
+from pocktvm.passes.slicer import Slicer, conv_operands, groups_left
 
 # zero rows of operand 0 (or of any operand: multiply) give zero rows of the result
 KEEPS_ZERO = GRADIENTS | frozenset("multiply negative divide copy".split())
+WEIGHT_GRADIENTS = frozenset({"conv2d_weight_grad", "matmul", "take_grad"})
 ROW_GRADIENTS = frozenset("softmax_grad log_softmax_grad layer_norm_grad rms_norm_grad".split())
 
 
 def sink_slices(graph: Graph) -> Graph:
     """Both walks; a graph without slices comes back as it is."""
-    if not any(node.op.startswith("strided_slice") for node in graph.nodes):
+    if not any(node.op.startswith(("strided_slice", "take")) for node in graph.nodes):
         return graph
     editor = GradientWalk(graph)
     for node in graph.nodes:
@@ -58,35 +63,6 @@ def sink_slices(graph: Graph) -> Graph:
 def pays(cut: Cut, shape: Shape) -> bool:
     """True when the cut keeps at most half of the elements."""
     return 2 * math.prod(cut_shape(cut, shape)) <= math.prod(shape)
-
-
-class Slicer(Editor):
-    """An editor that makes each slice once."""
-
-    def __init__(self, graph: Graph) -> None:
-        super().__init__(graph)
-        self.slices: dict[tuple[str, Cut], str] = {}
-
-    def shape(self, name: str) -> Shape:
-        """Shape of a value."""
-        return tuple(self.values[name].shape)
-
-    def sliced(self, name: str, cut: Cut, layer: str = "") -> str:
-        """`name` cut."""
-        if is_whole(cut):
-            return name
-        maker = self.producer.get(name)
-        placed = maker is not None and maker.op == "strided_slice_grad"
-        if maker is not None and placed and cut_of(maker.attrs, self.shape(name)) == cut:
-            return maker.inputs[0]
-        key = (name, cut)
-        if key not in self.slices:
-            value, shape = self.values[name], self.shape(name)
-            out = replace(value, name=f"{name}~cut", shape=cut_shape(cut, shape))
-            self.slices[key] = self.emit(
-                "strided_slice", (name,), out, layer, **cut_attrs(cut, shape)
-            )
-        return self.slices[key]
 
 
 class GradientWalk(Slicer):
@@ -247,8 +223,9 @@ class SliceWalk(Slicer):
     def visit_kept(self, node: Node) -> None:
         """Append a node, one slice for equal cuts of a value."""
         node = self.resolved(node)
-        if node.op == "strided_slice":
-            key = (node.inputs[0], cut_of(node.attrs, self.shape(node.inputs[0])))
+        cut = self.cut(node)
+        if cut is not None:
+            key = (node.inputs[0], cut)
             if key in self.slices:
                 self.replace(node.outputs[0], self.slices[key])
                 return
@@ -263,10 +240,8 @@ class SliceWalk(Slicer):
         cuts: list[Cut | None] = []
         for name in node.outputs:
             mine = readers.get(name, [])
-            if name in results or any(r.op != "strided_slice" for r in mine):
-                return None
-            found = {cut_of(r.attrs, self.shape(name)) for r in mine}
-            if len(found) > 1:
+            found = {self.cut(r) if r.inputs[0] == name else None for r in mine}
+            if name in results or None in found or len(found) > 1:
                 return None
             cuts.append(found.pop() if found else None)
         if cuts[:1] in ([], [None]):
@@ -280,7 +255,9 @@ class SliceWalk(Slicer):
         """The cut of every operand, for these cuts of the results."""
         cut = cuts[0]
         assert cut is not None
-        if not pays(cut, self.shape(node.outputs[0])):
+        out = self.values[node.outputs[0]]
+        channels = node.op in WEIGHT_GRADIENTS and out.role == "gradient"
+        if not channels and not pays(cut, tuple(out.shape)):
             return None
         shapes = [self.shape(i) for i in node.inputs]
         if node.op in ("layer_norm", "rms_norm"):
@@ -307,10 +284,10 @@ class SliceWalk(Slicer):
             return [unpermuted_cut(cut, node.attrs["axes"])]
         if node.op == "matmul" and len({len(s) for s in shapes} | {len(cut)}) == 1:
             return _matmul_operands(node, cut, shapes)
-        if node.op == "conv2d_weight_grad" and node.attrs.get("groups", 1) == 1:
-            o, i, kh, kw = cut
-            if (kh, kw) == (None, None) and node.attrs.get("layout") == "NCHW":
-                return [(None, i, None, None), (None, o, None, None)]
+        if node.op == "conv2d_weight_grad" and node.attrs.get("layout") == "NCHW":
+            return conv_operands(node, cut, self.shape(node.outputs[0]), shapes)
+        if node.op == "take_grad" and int(node.attrs.get("axis") or 0) == 0 and cut[0] is None:
+            return [(*((None,) * len(shapes[1])), *cut[1:]), (None,) * len(shapes[1])]
         return None
 
     def _rebuild(
@@ -326,11 +303,8 @@ class SliceWalk(Slicer):
             if is_whole(part):
                 inputs.append(name)
                 continue
-            shape = self.shape(name)
-            out = self.declare(f"{name}~cut", cut_shape(part, shape), self.values[name])
-            attrs = cut_attrs(part, shape)
-            made.append(Node("strided_slice", (name,), (out,), attrs, node.layer))
-            inputs.append(out)
+            made += self.cut_nodes(name, part, node.layer)
+            inputs.append(made[-1].outputs[0])
         outputs: list[str] = []
         lead = cuts[0]
         assert lead is not None
@@ -346,7 +320,10 @@ class SliceWalk(Slicer):
             outputs.append(first.outputs[0])
             for other in rest:
                 self.replace(other.outputs[0], first.outputs[0])
-        made.append(replace(node, inputs=tuple(inputs), outputs=tuple(outputs)))
+        attrs = dict(node.attrs)
+        if node.op == "conv2d_weight_grad":
+            attrs["groups"] = groups_left(node, lead, self.shape(node.outputs[0]))
+        made.append(replace(node, inputs=tuple(inputs), outputs=tuple(outputs), attrs=attrs))
         return made
 
 

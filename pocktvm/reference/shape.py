@@ -95,6 +95,13 @@ def take(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
     return picked.reshape(*table.shape[:axis], *indices.shape, *table.shape[axis + 1 :])
 
 
+@reference("put")
+def put(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
+    """`table` with other rows at `indices` along `axis`."""
+    table, indices, rows = args
+    return table.index_copy(_axis(node, table.ndim), indices.long().reshape(-1), rows)
+
+
 @reference("take_grad")
 def take_grad(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
     """dy's rows added into zeros; the row `padding_idx` gets none."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from pocktvm.errors import PockError
+from pocktvm.errors import InternalError, PockError
 from pocktvm.ir.graph import ITEMSIZE, Graph, Node, Value
 from pocktvm.ir.kernels import Buffer, Call, Program
 from pocktvm.ir.ops import VIEWS, is_elementwise
@@ -165,6 +165,8 @@ class ProgramBuilder:
         if param is not None and self._may_overwrite(value.name, param, node, compiled):
             self._buffer(value, self.buffers[param].kind, alias_of=param)
             return
+        if node.op == "put":
+            raise InternalError(f"{self.graph.name}: {node} is not the update of its table")
         self._buffer(value, value.role)
 
     def _may_overwrite(self, name: str, param: str, node: Node, compiled: Compiled) -> bool:

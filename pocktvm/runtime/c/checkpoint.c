@@ -73,33 +73,55 @@ void pk_unlock(pocktvm *m) {
   m->lock_path = m->locked_file = NULL;
 }
 
-/* --- walking a tensor in torch's order --- */
+/* --- walking what learns of a tensor, in torch's order --- */
 
 typedef struct {
   const pk_tensor *tensor;
+  int part; /* the trained indices alone */
   int64_t index[POCKTVM_MAX_DIMS];
   int64_t at; /* element in the arena's order */
 } walker;
 
+static int64_t extent(const pk_tensor *t, int32_t axis, int part) {
+  return part && axis == t->part_axis ? t->part_count : t->shape[axis];
+}
+
+static int64_t count(const pk_tensor *t, int part) {
+  int64_t n = 1;
+  for (int32_t d = 0; d < t->ndim; d++) n *= extent(t, d, part);
+  return n;
+}
+
+static int64_t place(const walker *w, int32_t axis, int64_t i) {
+  const pk_tensor *t = w->tensor;
+  return (w->part && axis == t->part_axis ? t->part[i] : i) * t->strides[axis];
+}
+
+static walker start(const pk_tensor *t, int part) {
+  walker w = {.tensor = t, .part = part && t->part_count};
+  for (int32_t d = 0; d < t->ndim; d++) w.at += place(&w, d, 0);
+  return w;
+}
+
 static int64_t next_element(walker *w) {
   int64_t here = w->at;
   for (int32_t d = w->tensor->ndim; d-- > 0;) {
-    w->at += w->tensor->strides[d];
-    if (++w->index[d] < w->tensor->shape[d]) break;
-    w->at -= w->tensor->shape[d] * w->tensor->strides[d];
-    w->index[d] = 0;
+    w->at -= place(w, d, w->index[d]);
+    if (++w->index[d] == extent(w->tensor, d, w->part)) w->index[d] = 0;
+    w->at += place(w, d, w->index[d]);
+    if (w->index[d]) break;
   }
   return here;
 }
 
-/* Calls `sink` with the tensor's floats in torch's order, in chunks. */
+/* Calls `sink` with the floats that learn, in torch's order, in chunks. */
 static int each_chunk(pocktvm *m, const pk_tensor *tensor, int (*sink)(void *, const void *, size_t),
                       void *data) {
   float chunk[CHUNK];
-  walker w = {.tensor = tensor};
+  walker w = start(tensor, 1);
   const float *values = (const float *)(m->arena + tensor->offset);
-  for (int64_t done = 0; done < tensor->size;) {
-    int64_t n = tensor->size - done < CHUNK ? tensor->size - done : CHUNK;
+  for (int64_t done = 0, size = count(tensor, 1); done < size;) {
+    int64_t n = size - done < CHUNK ? size - done : CHUNK;
     for (int64_t i = 0; i < n; i++) chunk[i] = values[next_element(&w)];
     if (sink(data, chunk, (size_t)n * sizeof *chunk)) return -1;
     done += n;
@@ -171,10 +193,10 @@ static int build_header(pocktvm *m, writer *w) {
     failed |= add_text(w, ",") | add_string(w, tensor->name);
     failed |= add_text(w, ":{\"dtype\":\"F32\",\"shape\":[");
     for (int32_t d = 0; d < tensor->ndim; d++)
-      failed |= add_text(w, d ? ",%lld" : "%lld", (long long)tensor->shape[d]);
-    failed |= add_text(w, "],\"data_offsets\":[%lld,%lld]}", (long long)at,
-                       (long long)(at + tensor->size * 4));
-    at += tensor->size * 4;
+      failed |= add_text(w, d ? ",%lld" : "%lld", (long long)extent(tensor, d, 1));
+    int64_t end = at + count(tensor, 1) * 4;
+    failed |= add_text(w, "],\"data_offsets\":[%lld,%lld]}", (long long)at, (long long)end);
+    at = end;
   }
   failed |= add_text(w, "}");
   while (!failed && w->used % 8) failed |= add_text(w, " ");
@@ -195,7 +217,7 @@ static int write_failed(pocktvm *m, const char *path, const char *verb) {
   int64_t nbytes = 0;
   struct statvfs disk;
   char free_text[64] = "", folder[4096];
-  for (int32_t i = 0; i < m->plan.n_tensors; i++) nbytes += pk_the_model.tensors[i].size * 4;
+  for (int32_t i = 0; i < m->plan.n_tensors; i++) nbytes += count(&pk_the_model.tensors[i], 1) * 4;
   snprintf(folder, sizeof folder, "%s", path);
   if (reason == ENOSPC && statvfs(dirname(folder), &disk) == 0)
     snprintf(free_text, sizeof free_text, ", %lld are free",
@@ -250,7 +272,8 @@ int pocktvm_save(pocktvm *m, const char *path) {
 
 /* --- load --- */
 
-static void describe_shape(const st_tensor *found, const pk_tensor *tensor, char *text, size_t room) {
+static void describe_shape(const st_tensor *found, const pk_tensor *tensor, int part, char *text,
+                           size_t room) {
   size_t used = (size_t)snprintf(text, room, "%s[", found->dtype);
   for (int32_t i = 0; i < found->ndim && used < room; i++)
     used += (size_t)snprintf(text + used, room - used, i ? ",%lld" : "%lld",
@@ -258,21 +281,23 @@ static void describe_shape(const st_tensor *found, const pk_tensor *tensor, char
   if (used < room) used += (size_t)snprintf(text + used, room - used, "], not F32[");
   for (int32_t i = 0; i < tensor->ndim && used < room; i++)
     used += (size_t)snprintf(text + used, room - used, i ? ",%lld" : "%lld",
-                             (long long)tensor->shape[i]);
+                             (long long)extent(tensor, i, part));
   if (used < room) snprintf(text + used, room - used, "]");
 }
 
-static int check_one(pocktvm *m, const st_file *file, const char *path, const pk_tensor *tensor) {
+static int check_one(pocktvm *m, const st_file *file, const char *path, const pk_tensor *tensor,
+                     int part) {
   const st_tensor *found = st_find(file, tensor->name);
   if (!found)
     return pk_fail(m, POCKTVM_BAD_FILE, "%s does not fit this model: it has no tensor '%s' (%s); "
                    "was it made with another scheme or optimizer?", path, tensor->name,
                    tensor->optimizer ? "optimizer state" : "trained");
-  int same = strcmp(found->dtype, "F32") == 0 && found->ndim == tensor->ndim &&
-             memcmp(found->shape, tensor->shape, (size_t)tensor->ndim * sizeof(int64_t)) == 0;
+  int same = strcmp(found->dtype, "F32") == 0 && found->ndim == tensor->ndim;
+  for (int32_t d = 0; d < tensor->ndim && same; d++)
+    same = found->shape[d] == extent(tensor, d, part);
   if (same) return POCKTVM_OK;
   char text[256];
-  describe_shape(found, tensor, text, sizeof text);
+  describe_shape(found, tensor, part, text, sizeof text);
   return pk_fail(m, POCKTVM_BAD_FILE, "%s does not fit this model: tensor '%s' is %s", path,
                  tensor->name, text);
 }
@@ -325,13 +350,14 @@ static int check_bytes(pocktvm *m, const st_file *file, const char *path) {
                  expected, actual);
 }
 
-static int read_tensor(pocktvm *m, const st_file *file, const char *path, const pk_tensor *tensor) {
+static int read_tensor(pocktvm *m, const st_file *file, const char *path, const pk_tensor *tensor,
+                       int part) {
   float chunk[CHUNK];
-  walker w = {.tensor = tensor};
+  walker w = start(tensor, part);
   float *values = (float *)(m->arena + tensor->offset);
   int64_t at = st_find(file, tensor->name)->begin;
-  for (int64_t done = 0; done < tensor->size;) {
-    int64_t n = tensor->size - done < CHUNK ? tensor->size - done : CHUNK;
+  for (int64_t done = 0, size = count(tensor, part); done < size;) {
+    int64_t n = size - done < CHUNK ? size - done : CHUNK;
     if (st_read(file, at + done * 4, chunk, (size_t)n * 4))
       return pk_fail(m, POCKTVM_IO, "%s cannot be read: %s", path, strerror(errno));
     for (int64_t i = 0; i < n; i++) values[next_element(&w)] = chunk[i];
@@ -344,11 +370,11 @@ static int load_open_file(pocktvm *m, const st_file *file, const char *path) {
   int64_t steps;
   int status = check_metadata(m, file, path, &steps);
   for (int32_t i = 0; i < m->plan.n_tensors && !status; i++)
-    status = check_one(m, file, path, &pk_the_model.tensors[i]);
+    status = check_one(m, file, path, &pk_the_model.tensors[i], 1);
   if (!status) status = check_extra(m, file, path);
   if (!status) status = check_bytes(m, file, path);
   for (int32_t i = 0; i < m->plan.n_tensors && !status; i++)
-    status = read_tensor(m, file, path, &pk_the_model.tensors[i]);
+    status = read_tensor(m, file, path, &pk_the_model.tensors[i], 1);
   if (!status) m->plan.steps = steps;
   return status;
 }
@@ -367,8 +393,8 @@ int pocktvm_load(pocktvm *m, const char *path) {
 
 static int initial_tensor(pocktvm *m, const st_file *file, const char *path, const pk_tensor *t) {
   if (!t->optimizer) {
-    int status = check_one(m, file, path, t);
-    return status ? status : read_tensor(m, file, path, t);
+    int status = check_one(m, file, path, t, 0);
+    return status ? status : read_tensor(m, file, path, t, 0);
   }
   char *values = m->arena + t->offset;
   if (t->initial == PK_NOWHERE)

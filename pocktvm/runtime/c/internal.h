@@ -89,6 +89,8 @@ typedef struct {
   const int64_t *shape, *strides; /* torch's axes */
   int64_t offset, size;
   int64_t initial; /* optimizer state: offset of its first value in the frozen pages, or nowhere */
+  int32_t part_axis, part_count; /* only these indices of an axis learn; -1: all of it */
+  const int32_t *part;
 } pk_tensor;
 
 typedef struct {

@@ -14,6 +14,7 @@ from pocktvm.schedule.rules.fallback import Fallback
 from pocktvm.schedule.rules.matmul import Matmul
 from pocktvm.schedule.rules.movement import Movement
 from pocktvm.schedule.rules.pool import Pool
+from pocktvm.schedule.rules.put import Put
 from pocktvm.schedule.rules.reduce import Reduce
 from pocktvm.schedule.rules.resize import Resize
 from pocktvm.schedule.rules.rows import RowOperators
@@ -37,6 +38,7 @@ RULES: tuple[Rule, ...] = (
     RowOperators(),
     Take(),
     TakeGrad(),
+    Put(),
     Movement(),
     Fallback(),
 )

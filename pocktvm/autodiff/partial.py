@@ -1,0 +1,55 @@
+"""Tensors that learn in part: what the step does with the slice alone.
+
+    w' = w - lr * dw      →   p = take(w);  p' = p - lr * take(dw);  w' = put(w, p')
+
+The forward reads the whole weight. Of its gradient a slice is asked, which passes/sink_slices.py
+carries through the weight gradient to the activation; the optimizer sees a tensor of the slice's
+shape, so its state has it, too; `put` writes the slice into the weight where it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from pocktvm.autodiff.to_graph import GraphBuilder
+from pocktvm.ir.part import Part
+
+
+def take_parts(
+    builder: GraphBuilder, gradients: Mapping[str, str], parts: Mapping[str, Part]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """(tensor -> gradient of what learns of it, tensor -> value of what learns of it)."""
+    cut, slices = dict(gradients), {}
+    for tensor, part in parts.items():
+        cut[tensor] = _take(builder, gradients[tensor], part, f"{tensor}:grad")
+        slices[tensor] = _take(builder, tensor, part, f"{tensor}:part")
+        # in front of the forward: an update is fused with its gradient where its operands exist
+        builder.nodes.insert(0, builder.nodes.pop())
+    return cut, slices
+
+
+def put_part(builder: GraphBuilder, tensor: str, part: Part, value: str) -> str:
+    """`tensor` with `value` in place of its slice; to be its update."""
+    indices = _indices(builder, part)
+    whole = builder.values[tensor]
+    return builder.node(
+        "put", tensor, indices, value,
+        shape=whole.shape, role="gradient", layer=tensor.rpartition(".")[0],
+        name=f"{tensor}:put", axis=part.axis,
+    )  # fmt: skip
+
+
+def _take(builder: GraphBuilder, name: str, part: Part, hint: str) -> str:
+    shape = list(builder.values[name].shape)
+    shape[part.axis] = len(part.indices)
+    return builder.node(
+        "take", name, _indices(builder, part),
+        shape=shape, role="gradient", layer=hint.rpartition(":")[0].rpartition(".")[0],
+        name=hint, axis=part.axis, mode="clip",
+    )  # fmt: skip
+
+
+def _indices(builder: GraphBuilder, part: Part) -> str:
+    return builder.const(np.asarray(part.indices, np.int32))
