@@ -56,11 +56,11 @@ class Artifact:
         """Torch name -> share of the tensor that learns."""
         return dict(self.identity.updated)
 
-    def load(self, threads: int | None = None) -> Any:
+    def load(self, threads: int | None = None, seed: int = 0) -> Any:
         """A Trainer over this artifact (emulated when the target is not this machine)."""
         from pocktvm.runtime.trainer import load
 
-        return load(self.path, threads=threads)
+        return load(self.path, threads=threads, seed=seed)
 
     def save(self, folder: str | Path) -> Path:
         """Copy the artifact to a folder, which must not hold something else."""

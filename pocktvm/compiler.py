@@ -44,6 +44,7 @@ def compile(
     optimizer: Any = None,
     budget: int | str | None = None,
     threads: int | None = None,
+    dropout: bool = False,
     out: str | Path | None = None,
     name: str = "model",
     published: Mapping[str, Any] | None = None,
@@ -61,6 +62,8 @@ def compile(
     optimizer       pocktvm.SGD() and the like, or text ("adamw:weight_decay=0.01")
     budget          most bytes the device may give (arena, frozen weights and code)
     threads         stored default of the artifact; `load(threads=…)` overrides it
+    dropout         the step drops with seeded masks (the seed is `load(seed=…)`); without it
+                    dropouts are identities, told once
     out             the artifact's folder; None keeps it in a temporary one (Artifact.save moves it)
     published       the scheme that the name "pockengine" stands for
     mean, scale     per channel: how the device reads uint8 samples
@@ -76,6 +79,7 @@ def compile(
 
     stages.enter("import")
     options: dict[str, Any] = {"name": name, "scheme": published, "mean": mean, "scale": scale}
+    options["dropout"] = dropout
     build = Build(module, example_inputs, wanted, loss_fn, optimizer_rule, device, options)
     model = import_model(module, example_inputs, **options)
     stages.saw("import", model.module)

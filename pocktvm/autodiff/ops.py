@@ -27,7 +27,7 @@ NAMES = sorted(
     | set(
         "matmul softmax log_softmax softmax_grad log_softmax_grad layer_norm layer_norm_grad "
         "rms_norm rms_norm_grad cross_entropy cross_entropy_grad take take_grad gather_elements "
-        "scatter_add_elements argmax cumsum reshape permute_dims broadcast_to concat "
+        "scatter_add_elements argmax cumsum reshape permute_dims broadcast_to concat dropout "
         "strided_slice strided_slice_grad pad".split()
     )
 )
@@ -169,6 +169,7 @@ class Emitter:
         self.suffix = suffix
         self.calls: dict[Any, Expr] = {}
         self.padding: Mapping[str, int] = {}  # embedding table -> its padding row
+        self.drops: int | None = None  # dropouts written so far; None: they are identities
 
     def bind(self, expr: Expr, name: str) -> Expr:
         """Bind an expression to a new variable of the current layer."""
@@ -253,6 +254,15 @@ class Emitter:
         b = constant(b, "float32") if isinstance(b, int | float) else b
         shape = tuple(np.broadcast_shapes(shape_of(condition), shape_of(a), shape_of(b)))
         return self.op("where", condition, a, b, shape=shape, dtype=dtype_of(a))
+
+    def dropout(self, x: Expr, p: float) -> Expr:
+        """x with a share p of its elements dropped, each dropout by a mask of its own."""
+        if self.drops is None or p <= 0.0:
+            return x
+        if p >= 1.0:
+            return self.multiply(x, 0.0)
+        key, self.drops = self.drops, self.drops + 1
+        return self.op("dropout", x, shape=shape_of(x), p=p, key=key)
 
     def astype(self, x: Expr, dtype: str) -> Expr:
         """x in another dtype."""

@@ -46,7 +46,8 @@ def prepare(model: Model, loss: Loss | None) -> Prepared:
     all_params = [*params[:x_count], *labels, *params[x_count:]]
     with builder.function(ENTRY, all_params):
         with builder.dataflow():
-            walker = _Walker(builder, dict(zip(function.params, params, strict=True)), model)
+            env = dict(zip(function.params, params, strict=True))
+            walker = _Walker(builder, env, model, training=loss is not None)
             result = walker.run(function)
             if loss is not None:
                 walker.emitter.layer = "loss"
@@ -73,9 +74,12 @@ def _variable(label: Input) -> Any:
 class _Walker:
     """Rewrites one function binding by binding; `env` maps its variables to ours."""
 
-    def __init__(self, builder: Any, env: dict[Any, Any], model: Model) -> None:
+    def __init__(
+        self, builder: Any, env: dict[Any, Any], model: Model, training: bool
+    ) -> None:
         self.emitter = Emitter(builder)
         self.emitter.padding = model.padding
+        self.emitter.drops = 0 if model.dropout and training else None
         self.known_layers = model.layers
         self.env = env
         self.unsupported: dict[str, list[str]] = {}

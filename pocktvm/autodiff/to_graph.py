@@ -62,10 +62,10 @@ class GraphBuilder:
         self.params[param.name] = param
         return self.define(param.name, param.value.shape)
 
-    def scalar(self, formula: str) -> str:
+    def scalar(self, formula: str, dtype: str = "float32") -> str:
         """A number the runtime computes before each step, once per formula."""
         if formula not in self.scalars:
-            self.scalars[self.define(formula, ())] = formula
+            self.scalars[self.define(formula, (), dtype)] = formula
         return formula
 
     def frozen(self, name: str, array: np.ndarray) -> str:
@@ -181,6 +181,8 @@ class Converter:
             op, attrs = "relax", {"op": full, "relax_attrs": text}
         if op == "astype":
             attrs = {"dtype": dtype_of(call)}
+        if op == "dropout":
+            inputs = (*inputs, self.builder.scalar("dropout_seed", "int32"))
         return self._append(op, inputs, call.ty, attrs, layer, name)
 
     def _append(

@@ -46,6 +46,7 @@ def build(
     lr: Rate = None,
     budget: Budget = None,
     threads: Annotated[int | None, typer.Option(min=1, help="default number of threads")] = None,
+    dropout: Annotated[bool, typer.Option("--dropout", help="the step drops, seeded")] = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="the artifact's folder")] = None,
     force: Annotated[bool, typer.Option(help="build even when up to date")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
@@ -53,7 +54,7 @@ def build(
     """Compile MODEL for a target into a folder that trains there."""
     wanted: dict[str, Any] = {
         "model": model, "scheme": scheme, "batch": batch, "loss": loss, "optimizer": optimizer,
-        "lr": lr, "budget": budget, "threads": threads,
+        "lr": lr, "budget": budget, "threads": threads, "dropout": dropout,
     }  # fmt: skip
     device = _check(target, scheme, weights)
     folder = out or Path("build") / device.name / model_name(model)
@@ -133,6 +134,7 @@ def _compile(wanted: dict[str, Any], target: Target, weights: Path | None, folde
             optimizer=optimizer,
             budget=wanted["budget"],
             threads=wanted["threads"],
+            dropout=wanted["dropout"],
             name=source.name,
             published=source.scheme,
             mean=source.mean,

@@ -57,7 +57,7 @@ def deploy(
     steps: Annotated[int | None, typer.Option(min=1, help="train there for N steps")] = None,
     lr: Rate = None,
     threads: Annotated[int | None, typer.Option(min=1, help="threads of the trainer")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="order of the samples")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="order of the samples, masks")] = None,
     fetch: Annotated[Path | None, typer.Option(help="bring the checkpoint here")] = None,
     folder: Annotated[
         str | None,

@@ -39,7 +39,7 @@ def run(
     save: Annotated[Path | None, typer.Option(help="checkpoint to write, at the end too")] = None,
     save_every: Every = None,
     resume: Annotated[Path | None, typer.Option(help="checkpoint to go on from")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="order of the samples")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="order of the samples, masks")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
 ) -> None:
     """Train ARTIFACT; without --data one generated batch is repeated and its loss falls."""

@@ -23,7 +23,11 @@ from pocktvm.ir.memory import MemoryPlan
 from pocktvm.ir.model import Input
 from pocktvm.ir.target import Target
 
-_FORMULAS = {"lr": "PK_SCALAR_LR", "bias_correction": "PK_SCALAR_BIAS_CORRECTION"}
+_FORMULAS = {
+    "lr": "PK_SCALAR_LR",
+    "bias_correction": "PK_SCALAR_BIAS_CORRECTION",
+    "dropout_seed": "PK_SCALAR_DROPOUT_SEED",
+}
 _INPUT_DTYPES = {"float32": "POCKTVM_FLOAT32", "int32": "POCKTVM_INT32"}
 
 

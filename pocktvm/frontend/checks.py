@@ -14,10 +14,17 @@ from pocktvm.frontend.exported import input_nodes, layer_of, operator_name
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 DROPOUTS = (nn.modules.dropout._DropoutNd,)
+# With dropout asked for, what still computes as in inference: statistics, other random layers.
+STAYS_IN_EVAL = (
+    *BATCH_NORMS, nn.modules.instancenorm._InstanceNorm, nn.RReLU, nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)  # fmt: skip
 LISTED = 18  # operators in one message
 
 
-def notices(module: nn.Module, program: ExportedProgram, dropouts: Sequence[float]) -> list[str]:
+def notices(
+    module: nn.Module, program: ExportedProgram, dropouts: Sequence[float], dropout: bool = False
+) -> list[str]:
     """What the user should know, one line each.
 
     `module` is as the user gave it; `dropouts` are the rates of functional ones.
@@ -29,14 +36,25 @@ def notices(module: nn.Module, program: ExportedProgram, dropouts: Sequence[floa
             f"the model came in training mode: its {len(norms)} batch norms use their stored "
             "statistics, as after .eval(), and do not update them"
         )
-    rates = [m.p for m in module.modules() if isinstance(m, DROPOUTS) and m.p > 0]
-    rates += dropouts
-    if rates:
-        lines.append(f"dropout (p up to {max(rates):g}, {len(rates)} in all) is left out")
+    lines += _dropout_notice(module, dropouts, dropout)
     written = sorted(set(program.graph_signature.buffers_to_mutate.values()))
     if written:
         lines.append(f"the model writes buffers {', '.join(written[:3])}: they stay as they are")
     return lines
+
+
+def _dropout_notice(module: nn.Module, functional: Sequence[float], dropout: bool) -> list[str]:
+    """`functional`: the rates of what the exported program really drops."""
+    if dropout:
+        alpha = [m for m in module.modules() if isinstance(m, STAYS_IN_EVAL[-2:]) and m.p > 0]
+        lines = [f"{len(alpha)} alpha dropouts are left out"] if alpha else []
+        return lines + ([] if functional else ["the model has no dropout: --dropout does nothing"])
+    rates = [m.p for m in module.modules() if isinstance(m, DROPOUTS) and m.p > 0]
+    rates += functional
+    if not rates:
+        return []
+    many = f"p up to {max(rates):g}, {len(rates)} in all"
+    return [f"dropout ({many}) is left out; --dropout keeps it"]
 
 
 def check_supported(program: ExportedProgram, supported: Iterable[str]) -> None:

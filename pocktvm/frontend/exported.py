@@ -68,6 +68,7 @@ def export(
             with torch.no_grad():
                 program = torch.export.export(module, args, dict(kwargs))
             rates = _dropout_rates(program)
+            _spell_feature_dropouts(program)
             return program.run_decompositions(_decompositions()), rates
     except PockError:
         raise
@@ -82,7 +83,8 @@ def export(
 
 
 def _dropout_rates(program: ExportedProgram) -> list[float]:
-    nodes = [node for node in program.graph.nodes if operator_name(node) == "dropout.default"]
+    names = ("dropout.default", "feature_dropout.default")
+    nodes = [node for node in program.graph.nodes if operator_name(node) in names]
     return [float(node.args[1]) for node in nodes if node.args[2] and node.args[1] > 0]
 
 
@@ -91,9 +93,31 @@ def _decompositions() -> Any:
     for name in KEPT:
         operator, overload = name.split(".")
         table.pop(getattr(getattr(torch.ops.aten, operator), overload), None)
-    # In training mode a functional dropout would decompose into random numbers.
-    table[torch.ops.aten.dropout.default] = lambda x, p, train: x.clone()
+    table[torch.ops.aten.dropout.default] = _dropout
     return table
+
+
+def _dropout(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    """One operator, where torch would write random numbers."""
+    return torch.ops.aten.native_dropout(x, p, True)[0] if train and p > 0 else x.clone()
+
+
+def _spell_feature_dropouts(program: ExportedProgram) -> None:
+    """Whole channels: x times a dropout of ones that has the first two axes alone. The table of
+    decompositions is not asked for this operator."""
+    aten, graph = torch.ops.aten, program.graph
+    for node in [n for n in graph.nodes if operator_name(n) == "feature_dropout.default"]:
+        x, p, train = node.args
+        shape = [*x.meta["val"].shape[:2], *[1] * (x.meta["val"].ndim - 2)]
+        with graph.inserting_before(node):
+            ones = graph.call_function(aten.new_ones.default, (x, shape))
+            mask = graph.call_function(aten.dropout.default, (ones, p, train))
+            product = graph.call_function(aten.mul.Tensor, (x, mask))
+        for made in (ones, mask, product):
+            made.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        product.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(product)
+        graph.erase_node(node)
 
 
 def parameter_nodes(program: ExportedProgram) -> dict[str, fx.Node]:

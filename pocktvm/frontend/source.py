@@ -25,6 +25,11 @@ def _imported(module: Any, example_inputs: Any, **options: Any) -> Model:
         raise PockError(f"'{module}' is a path; compile takes an nn.Module or an .onnx file.")
     from pocktvm.frontend.onnx import import_onnx
 
+    if options.pop("dropout", False):
+        raise PockError(
+            "an ONNX file's dropouts are not read.\n  Leave --dropout out, or compile the torch "
+            "module the file came from."
+        )
     if options.pop("scheme", None) is not None:
         raise PockError("an ONNX file has no published scheme: leave out `published`.")
     return import_onnx(module, batch=_batch(example_inputs), **options)

@@ -30,18 +30,20 @@ def import_torch(
     scheme: Mapping[str, Any] | None = None,
     mean: Sequence[float] = (),
     scale: Sequence[float] = (),
+    dropout: bool = False,
 ) -> Model:
     """Import a module at the shapes of its example inputs (a tensor, a tuple, or a dict by name).
 
     `mean` and `scale`, per channel, tell the device how to read uint8 samples of the first image
-    input. Raises PockError when torch.export fails, when operators have no converter (all of them
-    listed), and when the model does not return one float32 tensor.
+    input. With `dropout` the training step drops, whatever mode the module is in; without it
+    dropouts are identities. Raises PockError when torch.export fails, when operators have no
+    converter (all of them listed), and when the model does not return one float32 tensor.
     """
     if not isinstance(module, nn.Module):
         raise PockError(f"import_torch takes an nn.Module, not {type(module).__name__}.")
     args, kwargs = _arguments(example_inputs)
     notices: list[str] = []
-    program_module = _inference_copy(module, notices)
+    program_module = _inference_copy(module, notices, dropout)
     checks.check_tensors(program_module)
     program, dropouts = exported.export(program_module, args, kwargs)
     canonical = structure.canonical_names(program_module)
@@ -64,7 +66,8 @@ def import_torch(
         shifts=structure.find_shifts(program),
         padding=padding,
         layers=layers,
-        notices=tuple(notices + checks.notices(module, program, dropouts)),
+        notices=tuple(notices + checks.notices(module, program, dropouts, dropout)),
+        dropout=dropout,
     )
     return model
 
@@ -82,8 +85,11 @@ def _arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
     )
 
 
-def _inference_copy(module: nn.Module, notices: list[str]) -> nn.Module:
+def _inference_copy(module: nn.Module, notices: list[str], dropout: bool) -> nn.Module:
     copied = copy.deepcopy(module).eval()
+    if dropout:  # functional dropouts ask the module they stand in; norms keep their statistics
+        for part in copied.modules():
+            part.training = not isinstance(part, checks.STAYS_IN_EVAL)
     narrow = {
         str(t.dtype).removeprefix("torch.")
         for t in [*copied.parameters(), *copied.buffers()]

@@ -123,8 +123,9 @@ class Graph:
     """One program: `step` (forward, loss, backward, updates) or `predict` (forward).
 
     inputs   run-time tensors the caller gives, in order (x…, then y)
-    scalars  rank-0 float32 values the runtime computes in double before each step, by formula:
-             "lr" | "bias_correction:<beta>" (1 - beta**t, t counted from 1)
+    scalars  rank-0 values the runtime computes in double before each step, by formula:
+             "lr" | "bias_correction:<beta>" (1 - beta**t, t counted from 1) |
+             "dropout_seed" (int32, a hash of the run's seed and t)
     params   by value name; trained tensors and optimizer state
     consts   by value name; everything known at build time
     outputs  {"loss": value} and/or {"output": value}

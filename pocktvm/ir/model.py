@@ -74,3 +74,4 @@ class Model:
     # name of a variable in module["main"] -> torch layer it comes from, for messages
     layers: Mapping[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    dropout: bool = False  # the training step drops; otherwise dropouts are identities

@@ -42,6 +42,8 @@ strided_slice        x -> y                               begin end strides (one
 strided_slice_grad   dy -> dx                             the same: dy placed into zeros
 pad                  x -> y                               pad_width (2 per axis), mode constant|reflect|edge, value
                                                           negative widths crop
+dropout              x, seed() -> y                       p, key: 0 where the mask of (seed, key, element) drops,
+                                                          else x / (1 - p). Its own gradient; see DROPOUT below
 relax                anything TVM can legalize            op: Relax's name, relax_attrs: TVM's JSON of its attributes
 """  # noqa: E501
 
@@ -75,7 +77,16 @@ SPATIAL = frozenset(
 )
 VIEWS = frozenset({"reshape"})
 
+# Elementwise but for this: the result depends on *where* an element lies, counted row-major over
+# the node's own shape. It fuses like an elementwise operator; no pass may permute or cut it.
+POSITIONAL = frozenset({"dropout"})
+
 
 def is_elementwise(op: str) -> bool:
     """One output element depends on one (broadcast) element of each operand."""
     return op in ELEMENTWISE
+
+
+def joins_loops(op: str) -> bool:
+    """What a kernel can compute element by element as part of another's loops."""
+    return op in ELEMENTWISE or op in POSITIONAL

@@ -19,7 +19,7 @@ import math
 from dataclasses import replace
 
 from pocktvm.ir.graph import Graph, Node, Value
-from pocktvm.ir.ops import REDUCTIONS, is_elementwise
+from pocktvm.ir.ops import REDUCTIONS, joins_loops
 from pocktvm.passes.components import Components
 from pocktvm.passes.edit import Editor
 
@@ -59,7 +59,7 @@ def flattens(graph: Graph, node: Node) -> bool:
     plain = [i for i in node.inputs if i not in statistics.get(node.op, ())]
     if any(row_view(values[i].shape, full) is None for i in plain):
         return False
-    if is_elementwise(node.op) or node.op == "broadcast_to":
+    if joins_loops(node.op) or node.op == "broadcast_to":
         return values[node.outputs[0]].shape == full
     if node.op in REDUCTIONS:
         axes = node.attrs.get("axes")

@@ -32,7 +32,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from pocktvm.ir.graph import Graph, Node
-from pocktvm.ir.ops import REDUCTIONS, VIEWS, is_elementwise
+from pocktvm.ir.ops import REDUCTIONS, VIEWS, joins_loops
 
 ANCHORS = REDUCTIONS | frozenset(
     "matmul conv2d conv2d_input_grad conv2d_weight_grad max_pool2d max_pool2d_grad avg_pool2d "
@@ -91,7 +91,7 @@ class Fuser:
     def visit(self, index: int) -> None:
         """Put node `index` into a group."""
         node = self.nodes[index]
-        if is_elementwise(node.op):
+        if joins_loops(node.op):
             self._visit_elementwise(index)
             return
         group = Group([index], index, self.shape(node.outputs[0]), index, node.op in ANCHORS)
@@ -207,7 +207,7 @@ class Fuser:
             return True
         cheap = all(
             self.nodes[m].op in VIEWS
-            or (is_elementwise(self.nodes[m].op) and self._bytes(m) <= SMALL)
+            or (joins_loops(self.nodes[m].op) and self._bytes(m) <= SMALL)
             for m in group.members
         )
         return (

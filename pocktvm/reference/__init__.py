@@ -6,6 +6,7 @@ of operators; `registry.RULES` holds them by name.
 """
 
 from pocktvm.reference import (  # noqa: F401  (imported for their registrations)
+    dropout,
     elementwise,
     legalized,
     linear,

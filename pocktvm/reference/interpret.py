@@ -10,6 +10,7 @@ import torch
 
 from pocktvm.errors import InternalError
 from pocktvm.ir.graph import Graph, Node, Value
+from pocktvm.reference.dropout import step_seed
 from pocktvm.reference.registry import RULES, Tensor
 
 
@@ -30,20 +31,22 @@ def evaluate(
     params: Mapping[str, np.ndarray] | None = None,
     lr: float = 1e-3,
     t: int = 1,
+    seed: int = 0,
     dtype: str = "float32",
     keep: bool = True,
 ) -> Result:
     """Evaluate one step of `graph`, fused or not.
 
     `params` replaces parameters and optimizer states by name, in their stored layout. `t` counts
-    steps from 1. `dtype` is what floating values are computed in; float64 serves differences.
-    Without `keep` a value is dropped after its last reader, and `values` holds only results.
+    steps from 1, `seed` is the run's, for dropout. `dtype` is what floating values are computed in;
+    float64 serves differences. Without `keep` a value is dropped after its last reader, and
+    `values` holds only results.
     """
     missing = [name for name in graph.inputs if name not in inputs]
     if missing:
         raise InternalError(f"{graph.name}: no array for inputs {missing}")
     sources: dict[str, np.ndarray] = {name: np.asarray(inputs[name]) for name in graph.inputs}
-    sources |= {name: np.asarray(_scalar(f, lr, t)) for name, f in graph.scalars.items()}
+    sources |= {name: np.asarray(_scalar(f, lr, t, seed)) for name, f in graph.scalars.items()}
     sources |= {name: param.value for name, param in graph.params.items()}
     sources |= dict(graph.consts)
     sources |= {name: np.asarray(a) for name, a in (params or {}).items() if name in graph.params}
@@ -111,9 +114,11 @@ def run_node(
         tensors[out.name] = result.detach().to(_torch_dtype(out.dtype, dtype)).contiguous()
 
 
-def _scalar(formula: str, lr: float, t: int) -> float:
+def _scalar(formula: str, lr: float, t: int, seed: int) -> float:
     if formula == "lr":
         return lr
+    if formula == "dropout_seed":
+        return step_seed(seed, t)
     kind, _, beta = formula.partition(":")
     if kind != "bias_correction":
         raise InternalError(f"unknown scalar formula '{formula}'")

@@ -67,6 +67,7 @@ class _Options(ctypes.Structure):
         ("threads", ctypes.c_int32),
         ("checkpoint", ctypes.c_char_p),
         ("call_ns", ctypes.c_void_p),
+        ("seed", ctypes.c_uint64),
     ]
 
 
@@ -91,13 +92,14 @@ class _Plan(ctypes.Structure):
         ("threads", ctypes.c_int32),
         ("steps", ctypes.c_int64),
         ("rss_open_bytes", ctypes.c_int64),
+        ("seed", ctypes.c_uint64),
     ]
 
 
 class InProcess:
     """The library through ctypes."""
 
-    def __init__(self, library: Path, threads: int) -> None:
+    def __init__(self, library: Path, threads: int, seed: int = 0) -> None:
         try:
             self._lib = ctypes.CDLL(str(library.resolve()))
         except OSError as error:
@@ -107,7 +109,7 @@ class InProcess:
         self._declare()
         self._handle = ctypes.c_void_p()
         weights = str(library.with_name("weights.safetensors")).encode()
-        options = _Options(weights=weights, threads=threads)
+        options = _Options(weights=weights, threads=threads, seed=seed)
         status = self._lib.pocktvm_open(ctypes.byref(options), ctypes.byref(self._handle))
         raise_status(status, self._error())
 
@@ -192,10 +194,11 @@ class InProcess:
 class Piped:
     """`pocktvm-run --serve` as a child; the protocol is described in runtime/c/serve.c."""
 
-    def __init__(self, command: Sequence[str], threads: int) -> None:
+    def __init__(self, command: Sequence[str], threads: int, seed: int = 0) -> None:
         # the child ends when our end of its stdin closes, however this process ends
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the child)
         extra = ["--threads", str(threads)] if threads else []
+        extra += ["--seed", str(seed)] if seed else []
         try:
             self._child = subprocess.Popen(
                 [*command, "--serve", *extra],

@@ -42,12 +42,13 @@ class Plan:
     by_class: Mapping[str, int]
 
 
-def load(path: str | Path, threads: int | None = None) -> Trainer:
-    """Open an artifact folder. `threads`: None takes every core the artifact was built for.
+def load(path: str | Path, threads: int | None = None, seed: int = 0) -> Trainer:
+    """Open an artifact folder. `threads`: None takes every core the artifact was built for; `seed`
+    is that of dropout's masks (a checkpoint that is loaded brings its own).
 
     PockError: no artifact, damaged files, another machine's artifact without its emulator.
     """
-    return Trainer(path, threads)
+    return Trainer(path, threads, seed)
 
 
 class Trainer:
@@ -58,10 +59,12 @@ class Trainer:
     inputs   what `step` takes, labels last
     """
 
-    def __init__(self, path: str | Path, threads: int | None = None) -> None:
+    def __init__(self, path: str | Path, threads: int | None = None, seed: int = 0) -> None:
         self.path = Path(path)
         if threads is not None and threads < 1:
             raise PockError(f"threads = {threads}; give 1 or more, or None for all")
+        if not 0 <= seed < 2**63:
+            raise PockError(f"seed = {seed}; give an integer from 0 to 2**63 - 1")
         self._manifest = read_manifest(self.path)
         check_files(self.path, self._manifest)
         plan = self._manifest["plan"]
@@ -74,18 +77,19 @@ class Trainer:
         self._x = [i for i in self.inputs if i.name not in labels]
         self._output_shape = tuple(self._manifest["output_shape"])
         self.emulated = not runs_here(self._manifest)
-        self._backend: Backend | None = self._open(threads or 0)
+        self._backend: Backend | None = self._open(threads or 0, int(seed))
 
-    def _open(self, threads: int) -> Backend:
+    def _open(self, threads: int, seed: int) -> Backend:
         if not self.emulated:
-            return InProcess(self.path / self._manifest["library"], threads)
+            return InProcess(self.path / self._manifest["library"], threads, seed)
         emulator = emulator_of(self._manifest)
         if not emulator:
             raise PockError(
                 f"this artifact is for {self._manifest['target']} and no emulator is known for "
                 "it.\n  Copy the folder to the device and run ./pocktvm-run . there."
             )
-        return Piped([*emulator, str(self.path / "pocktvm-run"), str(self.path)], threads)
+        command = [*emulator, str(self.path / "pocktvm-run"), str(self.path)]
+        return Piped(command, threads, seed)
 
     def _live(self) -> Backend:
         if self._backend is None:

@@ -7,12 +7,15 @@ consecutive columns. Operands of a smaller (broadcast) shape find their element 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pocktvm.errors import InternalError
 from pocktvm.ir.graph import Node
+from pocktvm.ir.ops import POSITIONAL
+from pocktvm.schedule import dropout
 from pocktvm.schedule.elementwise_ops import OPS
 from pocktvm.schedule.emit import Context, const, splat
 from pocktvm.tvm_api import T, tirx
@@ -78,6 +81,28 @@ def broadcast_row(shape: Sequence[int], at: Position) -> Expr:
     return index
 
 
+def known_op(op: str) -> bool:
+    """True for what `evaluate` can emit."""
+    return op in OPS or op in POSITIONAL
+
+
+def flat_index(shape: Sequence[int], at: Position) -> Expr:
+    """Row-major index of the first lane in a tensor of `shape` that broadcasts to the position's.
+    Rules see views of a tensor's axes, never another order of them."""
+    size = math.prod(shape)
+    if size == math.prod(at.shape):
+        return at.flat
+    if size == 1:
+        return tirx.const(0, "int32")
+    if shape[-1] != at.shape[-1]:
+        raise InternalError(f"a dropout of {list(shape)} inside loops over {list(at.shape)}")
+    return broadcast_row(shape, at) * shape[-1] + at.column
+
+
+def _seed(ctx: Context, node: Node) -> Expr:
+    return ctx.load(node.inputs[1], 0, 1)
+
+
 def evaluate(
     ctx: Context, nodes: Sequence[Node], known: dict[str, Expr], at: Position
 ) -> dict[str, Expr]:
@@ -88,15 +113,19 @@ def evaluate(
     """
     values = dict(known)
     for node in nodes:
-        if node.op not in OPS:
+        if not known_op(node.op):
             raise InternalError(f"no vector expression for '{node.op}'")
         operands = []
-        for name in node.inputs:
+        for name in node.inputs[:1] if node.op == "dropout" else node.inputs:
             if name not in values:
                 values[name] = load_operand(ctx, name, at)
             operands.append(values[name])
         dtype = ctx.task.values[node.outputs[0]].dtype
-        result = OPS[node.op](operands, node.attrs, at.width, dtype)
+        if node.op == "dropout":
+            index = flat_index(ctx.task.shape(node.outputs[0]), at)
+            result = dropout.drop(operands[0], _seed(ctx, node), index, node.attrs, at.width)
+        else:
+            result = OPS[node.op](operands, node.attrs, at.width, dtype)
         # TVM's analyzer cannot bind a vector of booleans to a name
         values[node.outputs[0]] = result if dtype == "bool" else T.bind(result)
     return values

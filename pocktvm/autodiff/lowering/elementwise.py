@@ -47,6 +47,14 @@ def _same_dtype(args: Sequence[Expr], e: Emitter) -> tuple[Expr, Expr]:
     return a, b
 
 
+@lower("relax.nn.dropout")
+def dropout(call: Any, args: Sequence[Expr], e: Emitter) -> tuple[Expr, Expr]:
+    """The identity but in a training step built with dropout. Its second result, a mask, is read
+    by nobody."""
+    y = e.dropout(args[0], float(call.attrs.rate))
+    return y, y
+
+
 @lower("relax.astype")
 def astype(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
     """A cast; 64-bit types are narrowed."""

@@ -21,6 +21,12 @@ def from_output_grad(call: Any, out: Expr, dout: Expr, e: Emitter) -> Sequence[A
     return [e.op(f"{op_name(call)}_grad", dout, out, shape=shape_of(out))]
 
 
+@gradient("dropout")
+def dropout_grad(call: Any, out: Expr, dout: Expr, e: Emitter) -> Sequence[Any]:
+    """The same dropout of dout: the mask is made again from its key, nothing is kept."""
+    return [e.op("dropout", dout, shape=shape_of(out), **attrs_of(call))]
+
+
 @gradient(
     "clip",
     "gelu",

@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from pocktvm.frontend.converters.registry import argument, const, converts, dtype_of, shape_of
+from pocktvm.frontend.converters.registry import (
+    argument,
+    const,
+    converts,
+    dropped,
+    dtype_of,
+    shape_of,
+)
 from pocktvm.tvm_api import relax
 
 # exp(-1e30 - max) is exactly 0 like exp(-inf), and no kernel has to be careful with infinities.
@@ -70,6 +77,8 @@ def _attention(importer: Any, node: fx.Node) -> Any:
     for mask in _masks(importer, node, scores_shape, dtype_of(query)):
         scores = emit(relax.op.add(scores, mask))
     weights = emit(relax.op.nn.softmax(scores, axis=-1))
+    rate = float(argument(node, 4, "dropout_p", 0.0))
+    weights = dropped(importer, weights, rate) if rate > 0 else weights
     if grouped:
         weights = emit(relax.op.reshape(weights, [*k_shape[:-2], rows, k_shape[-2]]))
     out = emit(relax.op.matmul(weights, value))

@@ -12,6 +12,7 @@ from pocktvm.frontend.converters.registry import (
     argument,
     const,
     converts,
+    dropped,
     dtype_of,
     operand,
     result_dtype,
@@ -140,8 +141,9 @@ def _divide(importer: Any, node: fx.Node) -> Any:
 
 @converts("native_dropout.default")
 def _native_dropout(importer: Any, node: fx.Node) -> Any:
-    x = importer.env[node.args[0]]
-    return (x, relax.op.ones_like(x))
+    """Whether a step really drops is decided when it is differentiated."""
+    x, p, training = importer.env[node.args[0]], float(node.args[1]), node.args[2]
+    return (dropped(importer, x, p) if training and p > 0 else x, relax.op.ones_like(x))
 
 
 @converts("cumsum.default")

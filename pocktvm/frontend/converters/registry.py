@@ -45,6 +45,12 @@ def const(value: Any, dtype: str) -> Any:
     return relax.const(np.asarray(value, dtype), dtype)
 
 
+def dropped(importer: Any, x: Any, p: float) -> Any:
+    """Relax's dropout of x."""
+    pair = importer.block_builder.emit(relax.op.nn.dropout(x, p))
+    return importer.block_builder.emit(relax.TupleGetItem(pair, 0))
+
+
 def pair(value: Any) -> list[int]:
     """A number or a list of one or two as two numbers."""
     values = [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]

@@ -181,13 +181,23 @@ static int add_string(writer *w, const char *text) {
   return add_text(w, "\"");
 }
 
+/* Whether the step reads dropout's seed. */
+static int drops(void) {
+  const pk_program *step = pk_the_model.step;
+  for (int32_t i = 0; step && i < step->n_scalars; i++)
+    if (step->scalars[i].formula == PK_SCALAR_DROPOUT_SEED) return 1;
+  return 0;
+}
+
 /* The header, padded so that the data starts aligned to 8 bytes. */
 static int build_header(pocktvm *m, writer *w) {
   int64_t at = 0;
   int failed = add_text(w, "{\"__metadata__\":{\"crc32\":\"%08x\",\"fingerprint\":\"%s\",\"format\":"
                         "\"pt\",\"model\":", (unsigned)w->crc, m->plan.fingerprint);
   failed |= add_string(w, m->plan.model);
-  failed |= add_text(w, ",\"pocktvm\":\"1\",\"step\":\"%lld\"}", (long long)m->plan.steps);
+  failed |= add_text(w, ",\"pocktvm\":\"1\"");
+  if (drops()) failed |= add_text(w, ",\"seed\":\"%llu\"", (unsigned long long)m->plan.seed);
+  failed |= add_text(w, ",\"step\":\"%lld\"}", (long long)m->plan.steps);
   for (int32_t i = 0; i < m->plan.n_tensors && !failed; i++) {
     const pk_tensor *tensor = &pk_the_model.tensors[i];
     failed |= add_text(w, ",") | add_string(w, tensor->name);
@@ -375,6 +385,8 @@ static int load_open_file(pocktvm *m, const st_file *file, const char *path) {
   if (!status) status = check_bytes(m, file, path);
   for (int32_t i = 0; i < m->plan.n_tensors && !status; i++)
     status = read_tensor(m, file, path, &pk_the_model.tensors[i], 1);
+  const char *seed = st_metadata(file, "seed");
+  if (!status && seed) m->plan.seed = strtoull(seed, NULL, 10);
   if (!status) m->plan.steps = steps;
   return status;
 }

@@ -42,7 +42,7 @@ typedef int (*pk_kernel)(void *self, const pk_any *args, int32_t n, pk_any *resu
 /* --- generated tables --- */
 
 enum { PK_ARENA = 0, PK_FROZEN = 1 };
-enum { PK_SCALAR_LR = 0, PK_SCALAR_BIAS_CORRECTION = 1 };
+enum { PK_SCALAR_LR = 0, PK_SCALAR_BIAS_CORRECTION = 1, PK_SCALAR_DROPOUT_SEED = 2 };
 enum { PK_NOWHERE = -1 };
 
 typedef struct {

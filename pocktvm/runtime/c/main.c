@@ -18,7 +18,7 @@ static const char USAGE[] =
     "  --steps N              total number of steps, resumed ones included\n"
     "  --lr X                 learning rate; default: the one stored at build\n"
     "  --threads N            default: every core\n"
-    "  --seed S               order of the samples\n"
+    "  --seed S               order of the samples, dropout's masks\n"
     "  --save CKPT            checkpoint, written at the end\n"
     "  --save-every 1s|500ms|N   … and as often as this (N: steps)\n"
     "  --resume CKPT          go on from a checkpoint\n"
@@ -147,6 +147,7 @@ int main(int argc, char **argv) {
   if (pk_load_library(settings.artifact, &api, folder, sizeof folder)) return 1;
   snprintf(weights, sizeof weights, "%s/weights.safetensors", folder);
   pocktvm_options options = {.weights = weights, .threads = settings.threads};
+  if (settings.serve) options.seed = settings.seed;
   if (settings.serve) return pk_serve(&api, &options);
   if (settings.selftest) return pk_selftest(&api, &settings, &options);
   return pk_train(&api, &settings, &options);

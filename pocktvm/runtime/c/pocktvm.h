@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define POCKTVM_ABI 1
+#define POCKTVM_ABI 2
 #define POCKTVM_MAX_DIMS 8
 
 typedef struct pocktvm pocktvm;
@@ -113,6 +113,7 @@ typedef struct {
   int32_t threads;
   int64_t steps;          /* done so far; a checkpoint carries it */
   int64_t rss_open_bytes; /* resident set before the arena was touched; 0 where unknown */
+  uint64_t seed;          /* of dropout's masks; a checkpoint of a model that drops carries it */
 } pocktvm_plan_info;
 
 /* All zero is the default. */
@@ -123,6 +124,7 @@ typedef struct {
   int32_t threads;        /* 0: as many as the device has cores for us */
   const char *checkpoint; /* held locked until close; NULL: none */
   int64_t *call_ns;       /* plan.n_calls sums of nanoseconds, for a profile; NULL: not measured */
+  uint64_t seed;          /* of dropout's masks, where the model was built with dropout */
 } pocktvm_options;
 
 #if defined(_WIN32)

@@ -147,6 +147,7 @@ int pocktvm_open(const pocktvm_options *options, pocktvm **out) {
   m->lock_fd = -1;
   if (!options) options = &none;
   m->call_ns = options->call_ns;
+  m->plan.seed = options->seed;
   int status = open_all(m, options);
   if (status) {
     memcpy(open_error, m->error, sizeof open_error);
@@ -187,10 +188,27 @@ static double power(double beta, int64_t n) {
   return result;
 }
 
+static uint64_t splitmix(uint64_t x) {
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+  return x ^ x >> 31;
+}
+
+/* What tells the masks of one step from those of another (reference/dropout.py: step_seed). */
+static uint32_t dropout_seed(const pocktvm *m) {
+  return (uint32_t)(splitmix(splitmix(m->plan.seed) + (uint64_t)m->plan.steps + 1) >> 32);
+}
+
 static void set_scalars(pocktvm *m, const pk_program *program, double lr) {
   for (int32_t i = 0; i < program->n_scalars; i++) {
     const pk_scalar *scalar = &program->scalars[i];
     double value = lr;
+    if (scalar->formula == PK_SCALAR_DROPOUT_SEED) {
+      uint32_t seed = dropout_seed(m);
+      memcpy(m->arena + scalar->offset, &seed, sizeof seed);
+      continue;
+    }
     if (scalar->formula == PK_SCALAR_BIAS_CORRECTION)
       value = 1 - power(scalar->beta, m->plan.steps + 1);
     *(float *)(m->arena + scalar->offset) = (float)value;

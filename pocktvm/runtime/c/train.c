@@ -210,6 +210,7 @@ int pk_train(const pk_api *api, const pk_settings *settings, const pocktvm_optio
   session s = {.api = api, .settings = settings, .lr = settings->lr >= 0 ? settings->lr : plan->lr};
   if (settings->profile) all.call_ns = calloc((size_t)plan->n_calls + 1, sizeof *all.call_ns);
   all.checkpoint = settings->save;
+  all.seed = settings->seed;
   catch_signals();
   int code = pk_source_open(&s.source, settings->data, plan, settings->seed);
   if (!code) code = train(&s, &all);

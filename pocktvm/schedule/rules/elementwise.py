@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pocktvm.schedule.elementwise_ops import OPS
 from pocktvm.schedule.emit import Context, build, vector_loop
-from pocktvm.schedule.expression import Position, evaluate, store_outputs
+from pocktvm.schedule.expression import Position, evaluate, known_op, store_outputs
 from pocktvm.schedule.rule import Emitted, Knob, Task
 from pocktvm.tvm_api import T, tirx
 
@@ -26,7 +25,7 @@ class Elementwise:
         """Only groups without an anchor, and single elementwise nodes."""
         if task.node.body and task.anchor is not None:
             return f"the group is anchored by {task.anchor.op}"
-        unknown = [n.op for n in task.node.kernel_nodes() if n.op not in OPS]
+        unknown = [n.op for n in task.node.kernel_nodes() if not known_op(n.op)]
         if unknown:
             return f"no vector expression for {', '.join(sorted(set(unknown)))}"
         shapes = {task.shape(o) for o in task.node.outputs}

@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 from pocktvm.ir.ops import REDUCTIONS
-from pocktvm.schedule.elementwise_ops import OPS
 from pocktvm.schedule.emit import (
     Context,
     build,
@@ -24,7 +23,7 @@ from pocktvm.schedule.emit import (
     store,
     vectors,
 )
-from pocktvm.schedule.expression import Position, evaluate, finish, load_operand
+from pocktvm.schedule.expression import Position, evaluate, finish, known_op, load_operand
 from pocktvm.schedule.gemm_tile import epilogue_cost
 from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.loops import ceil_div, grid, tile_at, worth_threads, zero
@@ -56,7 +55,7 @@ class Reduce:
         dtype = task.values[node.outputs[0]].dtype
         if dtype not in COMBINE[node.op][1] or task.values[node.inputs[0]].dtype != dtype:
             return f"a {node.op} of {task.values[node.inputs[0]].dtype}"
-        unknown = [n.op for n in (*prologue, *epilogue) if n.op not in OPS]
+        unknown = [n.op for n in (*prologue, *epilogue) if not known_op(n.op)]
         if unknown:
             return f"no vector expression for {', '.join(unknown)}"
         if task.values[node.inputs[0]].size == 0:
