@@ -12,6 +12,7 @@ _HOMES = {
     "Trainer": "pocktvm.runtime.trainer",
     "Artifact": "pocktvm.artifact",
     "Scheme": "pocktvm.ir.scheme",
+    "LoRA": "pocktvm.ir.lora",
     "Target": "pocktvm.ir.target",
     "SGD": "pocktvm.autodiff.optimizers",
     "Adam": "pocktvm.autodiff.optimizers",

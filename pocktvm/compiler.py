@@ -17,6 +17,7 @@ from pocktvm.autodiff.losses import parse_loss
 from pocktvm.autodiff.optimizers import parse_optimizer
 from pocktvm.codegen import emit_artifact
 from pocktvm.fit import Build
+from pocktvm.frontend.lora import add_adapters
 from pocktvm.frontend.source import import_model
 from pocktvm.identity import identify, label_inputs
 from pocktvm.ir.graph import Graph
@@ -81,7 +82,7 @@ def compile(
     options: dict[str, Any] = {"name": name, "scheme": published, "mean": mean, "scale": scale}
     options["dropout"] = dropout
     build = Build(module, example_inputs, wanted, loss_fn, optimizer_rule, device, options)
-    model = import_model(module, example_inputs, **options)
+    model = add_adapters(import_model(module, example_inputs, **options), wanted)
     stages.saw("import", model.module)
     updated = wanted.resolve(model)
 
@@ -127,8 +128,9 @@ def optimised_graphs(
     published: Mapping[str, Any] | None = None,
 ) -> tuple[Graph, ...]:
     """The first half of `compile`: the programs whose kernels a build would need (for tuning)."""
-    model = import_model(module, example_inputs, scheme=published)
-    updated = Scheme.parse(scheme).resolve(model)
+    wanted = Scheme.parse(scheme)
+    model = add_adapters(import_model(module, example_inputs, scheme=published), wanted)
+    updated = wanted.resolve(model)
     rule = parse_optimizer(optimizer or "sgd")
     graphs = differentiate(model, updated, parse_loss(loss), rule)
     return tuple(run_passes(graph, target) for graph in graphs)

@@ -12,6 +12,7 @@ from typing import Any
 
 from pocktvm import memory
 from pocktvm.autodiff.differentiate import differentiate
+from pocktvm.frontend.lora import add_adapters
 from pocktvm.frontend.source import import_model
 from pocktvm.ir.graph import Graph
 from pocktvm.ir.memory import MemoryPlan
@@ -37,6 +38,7 @@ class Build:
     def estimate(self) -> MemoryPlan:
         """Import, differentiate and optimise, up to the kernels."""
         model = import_model(self.module, self.example_inputs, **self.options)
+        model = add_adapters(model, self.scheme)
         updated = self.scheme.resolve(model)
         graphs = differentiate(model, updated, self.loss, self.optimizer)
         return memory.estimate([run_passes(g, self.target) for g in graphs])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -53,6 +54,7 @@ def identify(
         extra={
             **extra,
             "notices": list(model.notices),
+            "adapters": {name: asdict(adapter) for name, adapter in model.adapters.items()},
             "timeline": {n: timeline(kernels, p, plan) for n, p in kernels.programs.items()},
         },
     )

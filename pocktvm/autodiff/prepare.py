@@ -12,6 +12,7 @@ from typing import Any
 
 from pocktvm.autodiff.losses import Loss
 from pocktvm.autodiff.lowering import LOWERINGS
+from pocktvm.autodiff.lowering.low_rank import adapted
 from pocktvm.autodiff.ops import Emitter, Expr, constant, dtype_of, is_const, shape_of
 from pocktvm.errors import PockError
 from pocktvm.ir.model import Input, Model
@@ -81,6 +82,8 @@ class _Walker:
         self.emitter.padding = model.padding
         self.emitter.drops = 0 if model.dropout and training else None
         self.known_layers = model.layers
+        self.adapters = model.adapters
+        self.parameters = {v.name: v for v in env.values() if v.name in model.parameters}
         self.env = env
         self.unsupported: dict[str, list[str]] = {}
         # the layer of a value, and whether it is made of parameters alone
@@ -138,7 +141,8 @@ class _Walker:
         lowering = LOWERINGS.get(name)
         args = [self._value(a) for a in call.args]
         if lowering is not None:
-            return lowering(call, args, self.emitter)
+            result = lowering(call, args, self.emitter)
+            return adapted(call, args, result, self.adapters, self.parameters, self.emitter)
         if not _legalizable(call, args):
             self.unsupported.setdefault(name, []).append(self.emitter.layer or "the input")
             return call

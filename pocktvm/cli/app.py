@@ -14,7 +14,7 @@ from typing import Any
 import typer
 import typer.core
 
-from pocktvm.cli import build, deploy, doctor, evaluate, inspect, report, run, targets, tune
+from pocktvm.cli import build, deploy, doctor, evaluate, inspect, merge, report, run, targets, tune
 from pocktvm.cli.crash import report_crash
 from pocktvm.errors import PockError
 
@@ -66,6 +66,7 @@ app.command("build")(build.build)
 app.command("run")(run.run)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
+app.command("merge")(merge.merge)
 app.command("report")(report.report)
 app.command("tune")(tune.tune)
 app.command("deploy")(deploy.deploy)

@@ -71,6 +71,8 @@ class Model:
     padding: Mapping[str, int] = field(default_factory=dict)
     # weight -> its axes, where they are not the plain ones
     channels: Mapping[str, Axes] = field(default_factory=dict)
+    # adapted weight -> its adapter (ir/lora.py)
+    adapters: Mapping[str, Any] = field(default_factory=dict)
     # name of a variable in module["main"] -> torch layer it comes from, for messages
     layers: Mapping[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()

@@ -14,11 +14,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from pocktvm.errors import PockError
+from pocktvm.errors import InternalError, PockError
 from pocktvm.ir.model import Axes, Model, Parameter
 from pocktvm.ir.part import choose, parse_value, ranks_by_activation
 
-NAMES = ("full", "last", "bias:N", "blocks:N", "pockengine", "lora:N:r=8", "auto")
+NAMES = (
+    "full", "last", "head", "bias:N", "blocks:N", "bitfit", "norm", "pockengine", "lora:N:r=8",
+    "auto",
+)  # fmt: skip
 
 
 class Scheme:
@@ -105,6 +108,10 @@ class Scheme:
             return cls(_from_json(text))
         if text.endswith(".toml") or Path(text).is_file():
             return cls.from_toml(text)
+        if text.partition(":")[0] == "lora":
+            from pocktvm.ir.lora import LoRA
+
+            return LoRA.from_text(text)
         return cls(None, name=_checked_name(text))
 
     @property
@@ -138,12 +145,18 @@ class Scheme:
         word, _, rest = self.name.partition(":")
         if word == "full":
             return dict.fromkeys(model.parameters, 1)
-        if word == "last":
+        if word in ("last", "head"):
             return _all(model, _in_classifier(model))
+        if word == "bitfit":
+            return _biases(model, lambda name: True) | _all(model, _in_classifier(model))
+        if word == "norm":
+            return _norms(model) | _all(model, _in_classifier(model))
+        if word == "lora":
+            return _adapters(model)
         if word == "pockengine":
             return _pockengine(model)
         if word in ("bias", "blocks"):
-            inside = _under(_last_blocks(model, int(rest), self.name))
+            inside = under(last_blocks(model, int(rest), self.name))
             chosen = _biases(model, inside) if word == "bias" else _all(model, inside)
             return chosen | _all(model, _in_classifier(model))
         if word == "auto":
@@ -151,10 +164,7 @@ class Scheme:
                 "the scheme 'auto' is chosen from an analysis of your data, which this build was "
                 "not given. Name the tensors (--scheme pockengine, bias:N, blocks:N or a TOML)."
             )
-        raise PockError(
-            f"the scheme '{self.name}' is not available in this version. "
-            "Use bias:N or blocks:N to train a part of the model."
-        )
+        raise InternalError(f"a scheme named '{self.name}'")
 
     def __str__(self) -> str:
         if self.name:
@@ -178,12 +188,10 @@ class Scheme:
 
 def _checked_name(text: str) -> str:
     word, _, rest = text.partition(":")
-    if word in ("full", "last", "pockengine", "auto") and not rest and ":" not in text:
+    if text in ("full", "last", "head", "bitfit", "norm", "pockengine", "auto"):
         return word
     if word in ("bias", "blocks"):
         return f"{word}:{_count(rest, word)}"
-    if word == "lora" and rest:
-        return text
     near = difflib.get_close_matches(word, [n.split(":")[0] for n in NAMES], n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     raise PockError(
@@ -264,7 +272,7 @@ def _no_match(pattern: str, model: Model, label: str) -> str:
     )
 
 
-def _under(prefixes: Iterable[str]) -> Chooses:
+def under(prefixes: Iterable[str]) -> Chooses:
     fixed = tuple(prefixes)
     return lambda name: any(name == p or name.startswith(p + ".") for p in fixed)
 
@@ -291,16 +299,34 @@ def _biases(model: Model, inside: Chooses) -> dict[str, int]:
     return chosen | shifts
 
 
+def _norms(model: Model) -> dict[str, int]:
+    """Scales and shifts of norms: vectors called weight, and the biases beside them."""
+    scales = {
+        n: 1
+        for n, p in model.parameters.items()
+        if n.rpartition(".")[2] == "weight" and p.value.ndim == 1
+    }
+    shifts = {n.removesuffix("weight") + "bias": 1 for n in scales}
+    return scales | {n: 1 for n in shifts if n in model.parameters}
+
+
+def _adapters(model: Model) -> dict[str, int]:
+    """LoRA's matrices, and the classifier unless an embedding reads it, too."""
+    chosen = {name: 1 for a in model.adapters.values() for name in (a.a, a.b)}
+    head = _all(model, _in_classifier(model))
+    return chosen | {n: 1 for n in head if not model.parameters[n].aliases}
+
+
 def _in_classifier(model: Model) -> Chooses:
     """Parameters behind the last block; where the frontend found none, the last layer with a
     matrix."""
     if model.classifier:
-        return _under(model.classifier)
+        return under(model.classifier)
     matrices = [n for n, p in model.parameters.items() if p.value.ndim >= 2]
-    return _under([matrices[-1].rpartition(".")[0] or matrices[-1]] if matrices else [])
+    return under([matrices[-1].rpartition(".")[0] or matrices[-1]] if matrices else [])
 
 
-def _last_blocks(model: Model, count: int, label: str) -> tuple[str, ...]:
+def last_blocks(model: Model, count: int, label: str) -> tuple[str, ...]:
     if count > len(model.blocks):
         has = f"{len(model.blocks)} blocks" if model.blocks else "no repeated blocks"
         fix = f"Use at most {len(model.blocks)}, or 'full'." if model.blocks else "Name tensors."
@@ -320,9 +346,9 @@ def _pockengine(model: Model) -> dict[str, Any]:
         dict.fromkeys(n.rpartition(".")[0] or n for n in model.parameters if not in_classifier(n))
     )
     later = units[len(units) // 2 :]
-    chosen = _biases(model, _under(later))
+    chosen = _biases(model, under(later))
     for block in later:
-        names = _all(model, _under([block]))
+        names = _all(model, under([block]))
         first = next((n for n in names if model.parameters[n].value.ndim >= 2), None)
         if first is not None:
             chosen[first] = 1

@@ -29,6 +29,7 @@ from pocktvm.runtime.backend import (
     InProcess,
     Piped,
 )
+from pocktvm.runtime.merge import merge_adapters
 from pocktvm.runtime.tensor_file import read_index, read_tensor
 
 
@@ -112,8 +113,13 @@ class Trainer:
         """The model's output on one batch, with the weights as they are now."""
         return self._live().predict(self._batch(arrays, self._x, "predict"), self._output_shape)
 
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Every parameter by torch's name (tied names too), in torch's shape and layout."""
+    def state_dict(self, merged: bool = True) -> dict[str, np.ndarray]:
+        """Every parameter by torch's name (tied names too), in torch's shape and layout.
+
+        Adapters (LoRA) are merged into the weights they adapt, so that the module that takes them
+        computes what was trained; with `merged=False` they stand beside them, as `<layer>.lora_A`
+        and `<layer>.lora_B`.
+        """
         backend = self._live()
         weights = self.path / "weights.safetensors"
         trained = {n for n, t in self._manifest["tensors"].items() if t["kind"] == "trained"}
@@ -126,7 +132,13 @@ class Trainer:
         aliases = {n: t["aliases"] for n, t in self._manifest["tensors"].items() if n in trained}
         for name, others in {**self._manifest["aliases"], **aliases}.items():
             state.update({other: state[name] for other in others if name in state})
-        return state
+        return merge_adapters(state, self._manifest.get("adapters") or {}) if merged else state
+
+    def adapters(self) -> dict[str, np.ndarray]:
+        """LoRA's matrices alone, as `<layer>.lora_A` and `<layer>.lora_B`."""
+        entries = (self._manifest.get("adapters") or {}).values()
+        names = {entry[side] for entry in entries for side in ("a", "b")}
+        return {n: a for n, a in self.state_dict(merged=False).items() if n in names}
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
         """The optimizer's tensors, as `<state>/<parameter>`."""
