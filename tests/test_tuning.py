@@ -13,7 +13,8 @@ from pocktvm.schedule.compile_kernel import KernelCompiler, choose_rule
 from pocktvm.schedule.rule import Task, defaults
 from pocktvm.targets import load_target
 from pocktvm.tuning.records import Record, Records
-from pocktvm.tuning.runners import CandidateError, LocalRunner, open_runner
+from pocktvm.tuning.runner_local import LocalRunner
+from pocktvm.tuning.runners import CandidateError, open_runner
 from pocktvm.tuning.search import FAILED, Journal
 from pocktvm.tuning.tune import Tunable, tune
 
@@ -102,7 +103,8 @@ def test_a_candidate_that_crashes_is_an_error_and_the_runner_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("text", "target", "message"),
     [
-        ("local", "rpi4", "--runner rpc://"),
+        ("local", "rpi4", "--runner ssh://pi@host"),
+        ("ssh://-oProxyCommand=x", "rpi4", "is no host"),
         ("ftp://x", "host", "unknown runner"),
         ("rpc://127.0.0.1:1/rpi4", "rpi4", "no RPC tracker"),
     ],

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from pocktvm.tuning.candidate import build_candidate
-from pocktvm.tuning.runners import RpcRunner
+from pocktvm.tuning.runner_rpc import RpcRunner
 from tests.test_tuning import matmul_task
 
 pytestmark = pytest.mark.slow

@@ -20,7 +20,9 @@ def tune(
     weights: Annotated[Path | None, typer.Option(help="safetensors, torch's names")] = None,
     loss: Annotated[str | None, typer.Option(help="as for build")] = None,
     optimizer: Annotated[str, typer.Option(help="as for build")] = "sgd",
-    runner: Annotated[str, typer.Option(help="local, or rpc://host:port/key")] = "local",
+    runner: Annotated[
+        str, typer.Option(help="local, ssh://pi@host, or rpc://host:port/key")
+    ] = "local",
     trials: Annotated[int, typer.Option(min=1, help="points measured per kernel")] = 16,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="stop after so long")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="threads of the local runner")] = None,

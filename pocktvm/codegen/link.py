@@ -23,6 +23,7 @@ from pocktvm.ir.target import Toolchain
 C_FOLDER = Path(__file__).parent.parent / "runtime" / "c"
 RUNTIME = ("runtime", "threads", "checkpoint", "safetensors", "inputs", "kernel_abi", "process")
 RUNNER = ("main", "train", "source", "generate", "selftest", "serve", "library", "json")
+TIMER = ("threads", "kernel_abi", "process")
 LOADER = ("elf_loader", "elf_imports")
 _NEARLY_FULL_BYTES = 30_000_000
 _FLAGS = (
@@ -160,6 +161,19 @@ def dynamic_runner(toolchain: Toolchain) -> Path:
             )  # fmt: skip
             _fill(folder, made)
     return folder / "pocktvm-run"
+
+
+def link_timer(toolchain: Toolchain, headers: Path, kernel: Path, output: Path) -> None:
+    """The program that times one kernel; `headers` holds its candidate.h."""
+    objects = [p for p in runtime_objects(toolchain) if p.stem in TIMER]
+    flags = [*_STATIC] if toolchain.own_loader else []
+    flags += [] if is_mach_o(toolchain) else ["-s", "-lpthread", "-lm"]
+    source = C_FOLDER / "time_kernel.c"
+    zig(
+        [*target_flags(toolchain), *_FLAGS, f"-I{C_FOLDER}", f"-I{headers}", source, kernel,
+         *objects, *flags, "-o", output],
+        "a candidate",
+    )  # fmt: skip
 
 
 def link_library(toolchain: Toolchain, sources: Sequence[Path], objects: Sequence[Path],

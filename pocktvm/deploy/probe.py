@@ -134,11 +134,12 @@ def _architecture(device: Device, manifest: Mapping[str, Any]) -> str:
     bits = " with 32-bit programs" if device.arch == "arm" and device.machine == "aarch64" else ""
     return (
         f"architecture: built for {system} {wanted} (target {manifest['target']}), the device is "
-        f"{device.system} {device.machine}{bits}\n    {_fitting_targets(device)}"
+        f"{device.system} {device.machine}{bits}\n    {fitting_targets(device, 'pocktvm build')}"
     )
 
 
-def _fitting_targets(device: Device) -> str:
+def fitting_targets(device: Device, command: str) -> str:
+    """What to say instead, where a target does not fit the device."""
     from pocktvm.targets import list_targets
 
     try:
@@ -149,7 +150,7 @@ def _fitting_targets(device: Device) -> str:
         fit = []
     if not fit:
         return "no target that ships fits it: write a TOML of your own (targets/rpi4.toml)"
-    return f"pocktvm build MODEL --target {' or '.join(fit)}"
+    return f"{command} MODEL --target {' or '.join(fit)}"
 
 
 def _libc(device: Device, manifest: Mapping[str, Any], artifact: Path) -> str:

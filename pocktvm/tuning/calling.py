@@ -13,6 +13,8 @@ import numpy as np
 from pocktvm.schedule.pack import apply_pack
 from pocktvm.tuning.candidate import SYMBOL
 
+TOLERANCE = 1e-3  # of the largest output: other summation orders pass, wrong kernels do not
+
 
 def seeded_arguments(description: dict[str, Any]) -> list[np.ndarray]:
     """Inputs from one seed (small integers index safely), zeroed outputs and workspaces."""
@@ -60,3 +62,11 @@ def time_call(call: Callable[[], None], budget_seconds: float = 0.15) -> list[fl
             call()
         times.append((time.perf_counter() - start) / inner)
     return times
+
+
+def check_equal(got: np.ndarray, want: np.ndarray) -> None:
+    """Raise ValueError where a candidate computes something else than the default."""
+    got, want = got.astype(np.float64).ravel(), want.astype(np.float64).ravel()
+    scale = max(1e-6, float(np.abs(want).max(initial=0.0)))
+    if not np.abs(got - want).max(initial=0.0) <= TOLERANCE * scale:
+        raise ValueError("wrong result")

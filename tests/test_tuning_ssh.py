@@ -1,0 +1,60 @@
+"""Tuning on a device over ssh: a real sshd on this machine, its programs under qemu-aarch64."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import pytest
+from deploy_case import *  # noqa: F403 (fixtures)
+from deploy_rig import MISSING, REASON
+
+from pocktvm.errors import PockError
+from pocktvm.schedule.compile_kernel import choose_rule
+from pocktvm.schedule.rule import defaults
+from pocktvm.targets import load_target
+from pocktvm.tuning.candidate import Candidate, build_candidate
+from pocktvm.tuning.runner_ssh import SshRunner
+from pocktvm.tuning.runners import CandidateError
+from tests.test_tuning import matmul_task
+
+pytestmark = [pytest.mark.build, pytest.mark.skipif(MISSING, reason=REASON)]
+
+
+@pytest.fixture
+def device(rig, monkeypatch):
+    """The rig as a Raspberry Pi 4, found by this process's ssh."""
+    if shutil.which("qemu-aarch64") is None:
+        pytest.skip("no qemu-aarch64: apt-get install qemu-user libc6-arm64-cross")
+    rig.shim("uname", 'case $1 in -m) echo aarch64 ;; *) exec /bin/uname "$@" ;; esac')
+    rig.prelude.write_text("export POCKTVM_LAUNCHER='qemu-aarch64 -L /usr/aarch64-linux-gnu'\n")
+    for name, value in rig.env().items():
+        monkeypatch.setenv(name, value)
+    return rig
+
+
+def candidate(folder, **knobs) -> Candidate:
+    folder.mkdir()
+    task = dataclasses.replace(matmul_task(), target=load_target("rpi4"))
+    rule = choose_rule(task)
+    return build_candidate(task, rule, {**defaults(rule.knobs(task)), **knobs}, folder)
+
+
+def test_candidates_run_on_the_device_and_wrong_ones_are_caught(device, tmp_path):
+    runner = SshRunner("device", load_target("rpi4"), threads=1)
+    default, other = candidate(tmp_path / "a"), candidate(tmp_path / "b", mr=2)
+    assert 0 < runner.time(default.folder) < 10
+    assert 0 < runner.time(other.folder) < 10
+    assert all(0 < s < 10 for s in runner.compare(default.folder, other.folder))
+    runner._expected = [1.01 * a for a in runner._expected]
+    with pytest.raises(CandidateError, match="wrong result"):
+        runner.time(other.folder)
+    device.prelude.write_text("export POCKTVM_LAUNCHER='false'\n")
+    with pytest.raises(CandidateError, match="ended with 1"):
+        runner.time(default.folder)
+    assert not list(device.home.iterdir())
+
+
+def test_a_device_of_another_architecture_is_refused(device):
+    with pytest.raises(PockError, match="pocktvm tune MODEL --target rpi"):
+        SshRunner("device", load_target("armv7"))
