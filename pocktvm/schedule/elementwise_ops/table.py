@@ -1,0 +1,30 @@
+"""The table of elementwise operators: a name, and the function that emits its vector."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Expr = Any
+Emit = Callable[[list[Expr], Mapping[str, Any], int, str], Expr]
+OPS: dict[str, Emit] = {}
+
+
+def op(*names: str) -> Callable[[Emit], Emit]:
+    """Register the emitter of one or more operators: (operands, attrs, width, dtype) -> vector.
+
+    `dtype` is that of the result."""
+
+    def register(function: Emit) -> Emit:
+        for name in names:
+            OPS[name] = function
+        return function
+
+    return register
+
+
+def bound(attrs: Mapping[str, Any], name: str) -> float | None:
+    """A clip's bound; None where it is absent or infinite."""
+    value = attrs.get(name)
+    return None if value is None or not math.isfinite(value) else value
