@@ -32,6 +32,7 @@ class Artifact:
         keep: Any = None,
     ) -> None:
         self.path, self.plan, self.identity, self.kernels = path, plan, identity, kernels
+        self.trade: Any = None  # what --budget cost, where levers were pulled (levers.Trade)
         self._keep = keep  # holds the temporary folder for as long as the artifact lives
 
     @classmethod

@@ -6,11 +6,12 @@ docs/design.md says why it is so.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pocktvm import memory
+from pocktvm import levers, memory
 from pocktvm.artifact import Artifact
 from pocktvm.autodiff.differentiate import differentiate
 from pocktvm.autodiff.losses import parse_loss
@@ -97,24 +98,29 @@ def compile(
     stages.enter("optimise the graph")
     graphs = tuple(run_passes(graph, device, observe=stages.saw_pass) for graph in graphs)
 
-    build.check(graphs, limit)
-
-    stages.enter("compile kernels")
     compiler = KernelCompiler(knobs_for=Records(device).knobs)
-    kernels = schedule(graphs, device.within(limit), progress=stages.detail, compiler=compiler)
 
-    stages.enter("plan memory")
-    plan = memory.plan(kernels)
-    memory.verify(kernels, plan)
-    stages.saw("plan", plan)
-    build.check(graphs, limit, plan)
+    def compiled(graphs: tuple[Graph, ...]) -> levers.Planned:
+        stages.enter("compile kernels")
+        kernels = schedule(graphs, device.within(limit), progress=stages.detail, compiler=compiler)
+        stages.enter("plan memory")
+        plan = memory.plan(kernels)
+        memory.verify(kernels, plan)
+        stages.saw("plan", plan)
+        return kernels, plan
+
+    check = functools.partial(build.check, limit=limit)
+    graphs, kernels, plan, trade = levers.fitted(graphs, limit, device, compiled, check)
 
     stages.enter("link")
     identity = identify(
         model, device, wanted, loss_fn, optimizer_rule, inputs, updated, kernels, plan,
-        seconds=stages.finish(), threads=threads,
+        seconds=stages.finish(), threads=threads, trade=trade.facts() if trade else None,
     )  # fmt: skip
-    return Artifact.emit(emit_artifact, kernels, plan, identity, self_test, device, out)
+    artifact = Artifact.emit(emit_artifact, kernels, plan, identity, self_test, device, out)
+    if trade is not None and device.is_host:
+        artifact.trade = levers.measured(trade, artifact.path, levers.repeated_calls(kernels))
+    return artifact
 
 
 def optimised_graphs(

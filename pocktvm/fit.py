@@ -18,6 +18,7 @@ from pocktvm.ir.graph import Graph
 from pocktvm.ir.memory import MemoryPlan
 from pocktvm.ir.scheme import Scheme
 from pocktvm.ir.target import Target
+from pocktvm.levers import shrunk
 from pocktvm.passes import run_passes
 
 SMALLER_SCHEMES = ("pockengine", "last")
@@ -35,16 +36,17 @@ class Build:
     target: Target
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def estimate(self) -> MemoryPlan:
-        """Import, differentiate and optimise, up to the kernels."""
+    def estimate(self, limit: int) -> MemoryPlan:
+        """Import, differentiate, optimise and shrink to `limit`, up to the kernels."""
         model = import_model(self.module, self.example_inputs, **self.options)
         model = add_adapters(model, self.scheme)
         updated = self.scheme.resolve(model)
         graphs = differentiate(model, updated, self.loss, self.optimizer)
-        return memory.estimate([run_passes(g, self.target) for g in graphs])
+        optimised = [run_passes(g, self.target) for g in graphs]
+        return memory.estimate(shrunk(optimised, limit, self.target))
 
     def check(
-        self, graphs: Sequence[Graph], limit: int | None, plan: MemoryPlan | None = None
+        self, graphs: Sequence[Graph], plan: MemoryPlan | None = None, *, limit: int | None
     ) -> None:
         """PockError when the plan, or without one the estimate, exceeds `limit`."""
         if limit is None:
@@ -55,14 +57,14 @@ class Build:
             limit,
             target=self.target.name,
             at_least=plan is None,
-            suggestions=self._smaller(now.total_bytes),
+            suggestions=self._smaller(now.total_bytes, limit),
         )
 
-    def _smaller(self, now: int) -> dict[str, Callable[[], int]]:
+    def _smaller(self, now: int, limit: int) -> dict[str, Callable[[], int]]:
         """What the user could change -> how many bytes it saves."""
 
         def saves(build: Build) -> Callable[[], int]:
-            return lambda: now - build.estimate().total_bytes
+            return lambda: now - build.estimate(limit).total_bytes
 
         found = {
             f"--scheme {name}": saves(replace(self, scheme=Scheme.parse(name)))

@@ -32,6 +32,8 @@ def show(facts: Mapping[str, Any], *, tensors: int = 8) -> None:
         print(f"  {name}" + ("" if share == 1 else f"  ({share:.0%} of it)"))
     if len(updated) > tensors:
         print(f"  … and {len(updated) - tensors} more (pocktvm inspect --json lists them)")
+    if facts.get("trade"):
+        print(f"trade: {facts['trade']['text']}")
     for notice in facts.get("notices") or ():
         print(f"note: {notice}")
 

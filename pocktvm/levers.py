@@ -1,0 +1,164 @@
+"""What a build does so that its plan fits --budget, and what that costs.
+
+The first lever is to compute again what is too large to keep (passes/rematerialize.py). How low the
+step must get is known only when its kernels are (code, packed weights, workspaces), so graphs are
+shrunk by the estimate, compiled, and shrunk further by what the plan still exceeds the budget.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pocktvm.ir.graph import Graph
+from pocktvm.ir.kernels import Kernels
+from pocktvm.ir.memory import MemoryPlan
+from pocktvm.ir.target import Target
+from pocktvm.manifest import MANIFEST, read_manifest
+from pocktvm.passes.costs import flops, seconds
+from pocktvm.passes.liveness import Lifetimes
+from pocktvm.passes.order import order
+from pocktvm.passes.rematerialize import AGAIN, is_again, rematerialize
+from pocktvm.units import format_bytes
+
+Planned = tuple[Kernels, MemoryPlan]
+ATTEMPTS = 6  # compile, look at the plan, shrink by what is missing
+MARGIN = 1.002  # packing loses a little of what a lower peak gains
+
+
+@dataclass(frozen=True)
+class Trade:
+    """Bytes against time. `flops` and `seconds` are what a step has more of, `step_*` what it has
+    without; `measured`: the seconds are this machine's, otherwise a roofline's."""
+
+    kernels: int
+    saved_bytes: int
+    flops: int
+    step_flops: int
+    seconds: float
+    step_seconds: float
+    measured: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {**vars(self), "text": str(self)}
+
+    def __str__(self) -> str:
+        how = "measured" if self.measured else "estimated"
+        return (
+            f"to fit the budget {self.kernels} kernels run twice: "
+            f"-{format_bytes(self.saved_bytes)}, +{self.flops / 1e9:.2f} GFLOP a step "
+            f"(+{self.flops / max(self.step_flops, 1):.1%}), +{1e3 * self.seconds:.2f} ms "
+            f"(+{self.seconds / max(self.step_seconds, 1e-9):.1%}, {how})"
+        )
+
+
+def shrunk(graphs: Sequence[Graph], limit: int, target: Target) -> tuple[Graph, ...]:
+    """The programs with their transient bytes lowered to what `limit` leaves beside weights, where
+    that can be reached; as low as possible elsewhere."""
+    fixed = _persistent(graphs) + sum(
+        int(a.nbytes) for a in {n: a for g in graphs for n, a in g.consts.items()}.values()
+    )
+    room = max(0, limit - fixed)
+    return tuple(_shrunk(graph, room, target) for graph in graphs)
+
+
+def _persistent(graphs: Sequence[Graph]) -> int:
+    params = {n: p for g in graphs for n, p in g.params.items()}
+    return sum(-(-int(p.value.nbytes) // 64) * 64 for p in params.values())
+
+
+def peak(graph: Graph) -> int:
+    """Transient bytes at the step's peak, as passes count them."""
+    return int(Lifetimes(graph, graph.nodes, graph.values).live().max(initial=0))
+
+
+def _shrunk(graph: Graph, room: int, target: Target) -> Graph:
+    if peak(graph) <= room:
+        return graph
+    fewer = rematerialize(graph, room, lambda node, values: seconds(node, values, target))
+    return min((fewer, order(fewer)), key=peak)
+
+
+def fitted(
+    graphs: tuple[Graph, ...],
+    limit: int | None,
+    target: Target,
+    compiled: Callable[[tuple[Graph, ...]], Planned],
+    check: Callable[[tuple[Graph, ...], MemoryPlan | None], None],
+) -> tuple[tuple[Graph, ...], Kernels, MemoryPlan, Trade | None]:
+    """Graphs, kernels and plan within `limit`, with the trade where levers were pulled.
+
+    `check` raises PockError for a plan, or for the graphs' lower bound, above the limit.
+    """
+    if limit is None:
+        return (graphs, *compiled(graphs), None)
+    aim, last = limit, None
+    for attempt in range(ATTEMPTS):
+        now = shrunk(graphs, aim, target)
+        check(now, None)
+        if last is not None and all(a.nodes == b.nodes for a, b in zip(now, last, strict=True)):
+            break
+        kernels, plan = compiled(now)
+        if plan.total_bytes <= limit:
+            return now, kernels, plan, trade(graphs, now, target)
+        last, over = now, plan.total_bytes - limit
+        aim = min(aim, _total(now)) - int(over * (MARGIN if attempt == 0 else 1.2)) - 4096
+    check(now, plan)
+    return now, kernels, plan, trade(graphs, now, target)
+
+
+def _total(graphs: Sequence[Graph]) -> int:
+    """What `shrunk` compares with its limit."""
+    consts = {n: a for g in graphs for n, a in g.consts.items()}
+    fixed = _persistent(graphs) + sum(int(a.nbytes) for a in consts.values())
+    return fixed + max(peak(g) for g in graphs)
+
+
+def trade(before: Sequence[Graph], after: Sequence[Graph], target: Target) -> Trade | None:
+    """What `after` gave and took; None where nothing was done."""
+    again = [(n, g) for g in after for n in g.nodes if is_again(n) and n.op != "reshape"]
+    if not again:
+        return None
+    step = before[0]
+    return Trade(
+        kernels=len(again),
+        saved_bytes=max(map(peak, before)) - max(map(peak, after)),
+        flops=sum(flops(n, g.values) for n, g in again),
+        step_flops=sum(flops(n, step.values) for n in step.nodes),
+        seconds=sum(seconds(n, g.values, target) for n, g in again),
+        step_seconds=sum(seconds(n, step.values, target) for n in step.nodes),
+    )
+
+
+def repeated_calls(kernels: Kernels) -> list[int]:
+    """Indices of the step's calls that run for the second time."""
+    calls = kernels.programs["step"].calls
+    return [i for i, c in enumerate(calls) if any(w.endswith(AGAIN) for w in c.writes)]
+
+
+def measured(trade: Trade, folder: Path, repeated: Sequence[int]) -> Trade:
+    """The trade with this machine's seconds: a few profiled steps of the artifact itself, put into
+    its manifest. What cannot be run here stays an estimate."""
+    command = [str(folder / "pocktvm-run"), str(folder), "--steps", "8", "--profile", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return trade
+    profile = [ms for _, ms in json.loads(done.stdout)["profile"]]
+    extra = sum(profile[i] for i in repeated) * 1e-3
+    rest = sum(profile) * 1e-3 - extra
+    found = replace(trade, seconds=extra, step_seconds=rest, measured=True)
+    _tell(folder, found.facts())
+    return found
+
+
+def _tell(folder: Path, facts: Mapping[str, Any]) -> None:
+    manifest = {**read_manifest(folder), "trade": dict(facts)}
+    part = folder / f"{MANIFEST}.part"
+    part.write_text(json.dumps(manifest, indent=1) + "\n")
+    os.replace(part, folder / MANIFEST)

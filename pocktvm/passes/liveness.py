@@ -1,0 +1,104 @@
+"""Transient bytes while each node of a sequence runs, before any kernel is compiled.
+
+Counted as the memory plan counts: views share memory, an update lies over its parameter, results
+live to the end, sizes are rounded up to 64 bytes, and an output takes the place of a dying operand
+where kernels commonly allow it (an operand the epilogue reads at the index it writes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from pocktvm.ir.graph import Graph, Node, Value
+from pocktvm.ir.ops import VIEWS, joins_loops
+
+ALIGN = 64
+# operators whose first operand may be overwritten by their first result
+OVERWRITES = frozenset("softmax softmax_grad log_softmax_grad cross_entropy_grad".split())
+
+
+class Lifetimes:
+    """Who makes and who reads each transient value of a sequence of nodes.
+
+    `first`, `last`: positions of its maker (-1 for inputs) and of its last reader;
+    `touched`: every position that reads it, under any of its names.
+    """
+
+    def __init__(self, graph: Graph, nodes: Sequence[Node], values: Mapping[str, Value]) -> None:
+        self.values, self.nodes = values, nodes
+        self.root = roots(graph, nodes)
+        kept = {*graph.params, *graph.consts, *graph.scalars}
+        self.first: dict[str, int] = {n: -1 for n in graph.inputs}
+        self.touched: dict[str, list[int]] = {n: [] for n in graph.inputs}
+        for at, node in enumerate(nodes):
+            for name in node.outputs:
+                if self.root.get(name, name) == name and name not in kept:
+                    self.first[name] = at
+                    self.touched[name] = []
+            for name in dict.fromkeys(self.root.get(n, n) for n in node.inputs):
+                if name in self.touched:
+                    self.touched[name].append(at)
+        for name in graph.outputs.values():
+            if (found := self.touched.get(self.root.get(name, name))) is not None:
+                found.append(len(nodes))
+
+    def size(self, name: str) -> int:
+        """Bytes, rounded up."""
+        return max(ALIGN, -(-self.values[name].nbytes // ALIGN) * ALIGN)
+
+    def last(self, name: str) -> int:
+        """Position of the last reader; the maker's where there is none."""
+        touched = self.touched[name]
+        return touched[-1] if touched else max(self.first[name], 0)
+
+    def live(self) -> np.ndarray:
+        """Bytes at each position."""
+        change = np.zeros(len(self.nodes) + 2, np.int64)
+        for name, start in self.first.items():
+            size = self.size(name)
+            change[max(start, 0)] += size
+            change[self.last(name) + 1] -= size
+        live = np.cumsum(change)[: len(self.nodes)]
+        for at, node in enumerate(self.nodes):
+            live[at] -= self._reused(at, node)
+        return live
+
+    def _reused(self, at: int, node: Node) -> int:
+        """Bytes of outputs that take the place of an operand dying here."""
+        total, taken = 0, set()
+        for out, name in overwritable(node, self.values):
+            old = self.root.get(name, name)
+            free = old in self.first and self.first[old] < at and self.last(old) == at
+            if free and out in self.first and old not in taken and out not in taken:
+                taken |= {old, out}
+                total += self.size(out)
+        return total
+
+
+def roots(graph: Graph, nodes: Sequence[Node]) -> dict[str, str]:
+    """View -> the value whose memory it is; a parameter's new value -> the parameter."""
+    root = {value: param for param, value in graph.updates.items()}
+    for node in nodes:
+        if node.op in VIEWS:
+            root.setdefault(node.outputs[0], root.get(node.inputs[0], node.inputs[0]))
+    return root
+
+
+def overwritable(node: Node, values: Mapping[str, Value]) -> list[tuple[str, str]]:
+    """(output, input) pairs that kernels let share memory."""
+    if node.op in VIEWS:
+        return []
+    if node.op in OVERWRITES:
+        return [(node.outputs[0], node.inputs[0])]
+    anchor = node.attrs.get("anchor") if node.body else (None if joins_loops(node.op) else 0)
+    before = () if anchor is None else node.kernel_nodes()[: anchor + 1]
+    blocked = {name for part in before for name in part.inputs}
+    pairs = []
+    for out in node.outputs:
+        for name in node.inputs:
+            a, b = values[out], values[name]
+            if a.shape == b.shape and a.dtype == b.dtype and name not in blocked:
+                pairs.append((out, name))
+    return pairs

@@ -1,0 +1,225 @@
+"""Compute again in the backward pass what is too large to keep until then.
+
+    h = f(x); …forward…; loss; …backward…; dw = g(h)
+    →  h = f(x); …; loss; …; h~again = f(x); dw = g(h~again)
+
+The memory of a training step is what the forward pass leaves for the backward pass; most of it is
+cheap to make again from something small that is kept anyway (MobileNetV2's expansions from the
+block's input: six times larger, one 1x1 convolution away).
+
+Greedy: of all nodes whose results wait over a gap in which too many bytes live, the one with the
+most bytes over the limit taken away per second added is cloned in front of its first late reader;
+again, until the peak is under the limit. Operands of a clone live longer, which counts; a clone's
+operand may be made again in its turn, so chains grow backwards as far as the limit asks. At the end
+every clone that is not needed after all is taken back.
+
+Runs on groups, after fuse and order; `order` runs again behind it. A clone is the same kernel.
+Source: Kumar et al. 2019 (greedy, memory per recomputation time); Chen et al. 2016.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from pocktvm.ir.graph import Graph, Node, Value
+from pocktvm.ir.ops import VIEWS
+from pocktvm.passes.costs import seconds
+from pocktvm.passes.liveness import Lifetimes
+
+AGAIN = "~again"  # what the names of values made again end with
+TRIALS = 12  # dearest clones that are tried without
+Cost = Callable[[Node, dict[str, Value]], float]
+
+
+def rematerialize(graph: Graph, limit: int, cost: Cost | None = None) -> Graph:
+    """The graph with clones, its transient peak at most `limit` bytes where that can be reached,
+    else as low as single clones bring it."""
+    state = _State(graph, graph.nodes, dict(graph.values), limit, cost or seconds)
+    chosen: list[str] = []
+    while state.excess() > 0 and (best := state.best()) is not None:
+        chosen.append(best)
+        state = state.clone(best)
+    if state.excess() == 0:
+        state = _without_needless(graph, chosen, state)
+    return state.graph()
+
+
+def is_again(node: Node) -> bool:
+    """True for a clone (of an operator or of a view)."""
+    return bool(node.outputs) and node.outputs[0].endswith(AGAIN)
+
+
+def _without_needless(graph: Graph, chosen: Sequence[str], state: _State) -> _State:
+    """Later clones may have made earlier ones superfluous: try without each, dearest first."""
+    first = _State(graph, graph.nodes, dict(graph.values), state.limit, state.cost)
+    makers = graph.producers()
+    kept = list(chosen)
+    for name in sorted(chosen, key=lambda n: -first.seconds_of(makers[n]))[:TRIALS]:
+        fewer = [n for n in kept if n != name]
+        trial: _State | None = first
+        for other in fewer:
+            trial = trial.clone(other) if trial is not None and trial.gap(other) else None
+        if trial is not None and trial.excess() == 0:
+            kept, state = fewer, trial
+    return state
+
+
+@dataclass(frozen=True)
+class _Gap:
+    """Positions between which a node's results wait, and which of them are read afterwards."""
+
+    start: int
+    end: int
+    late: tuple[str, ...]
+
+
+class _State:
+    """A sequence of nodes and its live bytes."""
+
+    def __init__(
+        self, graph: Graph, nodes: Sequence[Node], values: dict[str, Value], limit: int, cost: Cost
+    ) -> None:
+        self.source, self.nodes, self.values = graph, tuple(nodes), values
+        self.limit, self.cost = limit, cost
+        self.life = Lifetimes(graph, self.nodes, values)
+        self.at = {out: i for i, n in enumerate(self.nodes) for out in n.outputs}
+        self.results = graph.results()
+
+    @cached_property
+    def live(self) -> np.ndarray:
+        """Bytes at each position."""
+        return self.life.live()
+
+    def graph(self) -> Graph:
+        """The sequence as a graph."""
+        return self.source.with_(nodes=self.nodes, values=self.values).check()
+
+    def excess(self) -> int:
+        """Bytes over the limit, summed over the sequence."""
+        return int(np.maximum(self.live - self.limit, 0).sum())
+
+    def seconds_of(self, node: Node) -> float:
+        """What running the node once more costs."""
+        return self.cost(node, self.values)
+
+    def best(self) -> str | None:
+        """The first result of the node that is best made again."""
+        over, best, chosen = self.excess(), 0.0, None
+        for node in self.nodes:
+            if node.op in VIEWS or is_again(node) or not self._repeatable(node):
+                continue
+            gap = self.gap(node.outputs[0])
+            if gap is None or self.live[gap.start + 1 : gap.end].max(initial=0) <= self.limit:
+                continue
+            gain = over - int(np.maximum(self._live_after(node, gap) - self.limit, 0).sum())
+            score = gain / self.seconds_of(node)
+            if gain > 0 and score > best:
+                best, chosen = score, node.outputs[0]
+        return chosen
+
+    def _repeatable(self, node: Node) -> bool:
+        """No result of the program, and nothing but kernels' values among its outputs."""
+        inner = {o for part in (node, *node.body) for o in part.outputs}
+        done = any(o + AGAIN in self.values for o in inner)
+        kept = all(o in self.life.first for o in node.outputs)
+        return kept and not done and not inner & self.results
+
+    def gap(self, name: str) -> _Gap | None:
+        """The longest stretch over which no result of this value's node is read, with readers
+        behind it; None where there is none or an operand has changed by then."""
+        node = self.nodes[self.at[name]]
+        touched = sorted({self.at[name], *(t for o in node.outputs for t in self.life.touched[o])})
+        pairs = list(itertools.pairwise(touched))
+        if not pairs:
+            return None
+        start, end = max(pairs, key=lambda p: p[1] - p[0])
+        late = tuple(o for o in node.outputs if self.life.last(o) >= end)
+        if end - start < 2 or end >= len(self.nodes) or not self._unchanged(node, end):
+            return None
+        return _Gap(start, end, late)
+
+    def _unchanged(self, node: Node, at: int) -> bool:
+        """True when every parameter the node reads still has its old value at `at`."""
+        new = (self.source.updates.get(self.life.root.get(i, i)) for i in node.inputs)
+        return all(self.at[value] >= at for value in new if value in self.at)
+
+    def _live_after(self, node: Node, gap: _Gap) -> np.ndarray:
+        """Live bytes with the node cloned, about: the operands' longer lives count."""
+        live = self.live.copy()
+        for name in gap.late:
+            early = [t for t in self.life.touched[name] if t <= gap.start]
+            live[max([self.at[name], *early]) + 1 : gap.end] -= self.life.size(name)
+        for name in dict.fromkeys(self.life.root.get(i, i) for i in node.inputs):
+            if name in self.life.first and (last := self.life.last(name)) < gap.end:
+                live[last + 1 : gap.end + 1] += self.life.size(name)
+        return live
+
+    def clone(self, name: str) -> _State:
+        """The state with the node of `name` made again in front of its first late reader."""
+        gap = self.gap(name)
+        assert gap is not None, name
+        node, values = self.nodes[self.at[name]], dict(self.values)
+        made = _only(node, gap.late)
+        renamed = {o: o + AGAIN for part in (made, *made.body) for o in part.outputs}
+        copies = [_renamed(made, renamed)]
+        for view in self.nodes[self.at[name] + 1 :]:
+            if view.op in VIEWS and view.inputs[0] in renamed:
+                renamed[view.outputs[0]] = view.outputs[0] + AGAIN
+                copies.append(_renamed(view, renamed))
+        values |= {new: replace(values[old], name=new) for old, new in renamed.items()}
+        early, late = self.nodes[: gap.end], self.nodes[gap.end :]
+        read = {i for n in late for i in n.inputs}
+        needed = _reached(copies, read)
+        views = [c for c in copies[1:] if c.outputs[0].removesuffix(AGAIN) in needed]
+        behind = [n.with_inputs(renamed) for n in late]
+        nodes = [*early, copies[0], *views, *behind]
+        return _State(self.source, nodes, values, self.limit, self.cost)
+
+
+def _reached(copies: Sequence[Node], read: set[str]) -> set[str]:
+    """Names of views that late readers need, through other views too."""
+    needed = set(read)
+    for copy in reversed(copies[1:]):
+        if copy.outputs[0].removesuffix(AGAIN) in needed:
+            needed.add(copy.inputs[0].removesuffix(AGAIN))
+    return needed
+
+
+def _only(node: Node, wanted: Sequence[str]) -> Node:
+    """The group without what these results do not need."""
+    if not node.body or set(wanted) == set(node.outputs):
+        return node
+    needed, body = set(wanted), list[Node]()
+    for part in reversed(node.body):
+        if needed & set(part.outputs):
+            body.insert(0, part)
+            needed |= set(part.inputs)
+    if len(body) == 1:
+        return body[0]
+    anchor = node.anchor if node.attrs.get("anchor") is not None else None
+    index = next((i for i, part in enumerate(body) if part is anchor), None)
+    inside = {o for part in body for o in part.outputs}
+    inputs = dict.fromkeys(i for part in body for i in part.inputs if i not in inside)
+    order = {name: k for k, name in enumerate(node.inputs)}
+    return replace(
+        node,
+        inputs=tuple(sorted(inputs, key=order.__getitem__)),
+        outputs=tuple(o for o in node.outputs if o in wanted),
+        attrs={**node.attrs, "anchor": index},
+        body=tuple(body),
+    )
+
+
+def _renamed(node: Node, names: dict[str, str]) -> Node:
+    """The node with other names for what it makes, and for what it reads of that."""
+    return replace(
+        node,
+        inputs=tuple(names.get(i, i) for i in node.inputs),
+        outputs=tuple(names.get(o, o) for o in node.outputs),
+        body=tuple(_renamed(part, names) for part in node.body),
+    )

@@ -1,0 +1,107 @@
+"""Making values again: lower peaks, the same numbers, and never after an operand has changed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from equality import REDUCED, Work, assert_losses_equal, assert_updates_equal, our_run, torch_run
+from graphs import Build, inverted_residual_step, same_numbers
+
+import pocktvm
+from pocktvm.errors import PockError
+from pocktvm.ir.graph import Graph
+from pocktvm.passes import run_passes
+from pocktvm.passes.liveness import Lifetimes
+from pocktvm.passes.order import order
+from pocktvm.passes.rematerialize import AGAIN, is_again, rematerialize
+
+
+def peak(graph: Graph) -> int:
+    return int(Lifetimes(graph, graph.nodes, graph.values).live().max())
+
+
+def chain(depth: int = 6, width: int = 64) -> Graph:
+    """A multilayer perceptron with its gradients; every layer's input is kept for its weight."""
+    b = Build()
+    x, lr = b.input(256, width), b.scalar("lr")
+    kept, h = [], x
+    weights = [b.param(width, width, name=f"w{i}") for i in range(depth)]
+    for w in weights:
+        z = b.op("matmul", h, w, shape=(256, width), transpose_a=False, transpose_b=False)
+        kept.append((h, z))
+        h = b.op("gelu", z)
+    loss = b.op("mean", h, shape=(), axes=(0, 1), keepdims=False)
+    d = b.op("broadcast_to", b.const(np.float32(1 / (256 * width))), shape=(256, width))
+    updates = {}
+    for w, (before, z) in reversed(list(zip(weights, kept, strict=True))):
+        dz = b.op("gelu_grad", d, z, role="gradient")
+        dw = b.op("matmul", before, dz, shape=(width, width), transpose_a=True, transpose_b=False)
+        d = b.op("matmul", dz, w, shape=(256, width), transpose_a=False, transpose_b=True)
+        updates[w] = b.op("subtract", w, b.op("multiply", dw, lr))
+    return run_passes(b.graph(updates, loss=loss))
+
+
+@pytest.mark.parametrize("share", [0.8, 0.6, 0.55])
+def test_the_peak_falls_under_the_limit_and_numbers_stay(share):
+    graph = chain()
+    limit = int(share * peak(graph))
+    fewer = rematerialize(graph, limit)
+    assert peak(fewer) <= limit < peak(graph)
+    clones = [n for n in fewer.nodes if is_again(n)]
+    assert clones and len(fewer.nodes) == len(graph.nodes) + len(clones)
+    same_numbers(graph, fewer)
+    same_numbers(graph, order(fewer))
+    assert peak(order(fewer)) <= peak(graph)
+
+
+def test_a_graph_that_fits_stays_as_it_is():
+    graph = chain(3)
+    assert rematerialize(graph, peak(graph)).nodes == graph.nodes
+
+
+def test_what_cannot_be_reached_is_approached_with_the_same_numbers():
+    graph = run_passes(inverted_residual_step(size=12))
+    fewer = rematerialize(graph, 1)
+    assert peak(fewer) <= peak(graph)
+    same_numbers(graph, fewer)
+
+
+def test_nothing_is_made_again_from_a_parameter_that_has_changed():
+    """w is updated in the middle; what depends on it must be kept behind that."""
+    b = Build()
+    x, w, lr = b.input(512, 8), b.param(8, 8), b.scalar("lr")
+    h = b.op("matmul", x, w, shape=(512, 8), transpose_a=False, transpose_b=False)
+    small = b.op("sum", h, shape=(8,), axes=(0,), keepdims=False)
+    new = b.op("subtract", w, b.op("multiply", small, lr))
+    wide = b.input(512, 64, name="wide")
+    s = b.op("sum", b.op("exp", wide), shape=(), axes=(0, 1), keepdims=False)
+    loss = b.op("sum", b.op("multiply", h, s), shape=(), axes=(0, 1), keepdims=False)
+    graph = b.graph({w: new}, loss=loss)
+    fewer = rematerialize(graph, 1)
+    position = {o: i for i, n in enumerate(fewer.nodes) for o in n.outputs}
+    assert position.get(h + AGAIN, -1) < position[new]
+    same_numbers(graph, fewer)
+
+
+@pytest.mark.build
+@pytest.mark.parametrize("model", ["mobilenetv2", pytest.param("bert", marks=pytest.mark.slow)])
+def test_a_build_with_a_budget_trains_as_torch(model):
+    """Two thirds of the arena beside the weights, ten of torch's steps."""
+    work = Work.of(*REDUCED[model][:1], 16)
+    options = dict(scheme="full", optimizer=pocktvm.SGD(lr=1e-3), published=work.source.scheme)
+    module, inputs = work.source.module, work.source.example_inputs
+    plain = pocktvm.compile(module, inputs, **options).plan
+    kept = plain.arena_bytes - plain.persistent_bytes
+    limit = plain.total_bytes - kept // 3
+    artifact = pocktvm.compile(module, inputs, budget=limit, **options)
+    assert artifact.plan.total_bytes <= limit < plain.total_bytes
+    assert artifact.trade.kernels > 0 and artifact.trade.measured and artifact.trade.seconds > 0
+    losses, state = our_run(artifact, work, 1e-3)
+    theirs, their_state = torch_run(
+        work, artifact.updated, lambda p: torch.optim.SGD(p, lr=1e-3)
+    )
+    assert_losses_equal(losses, theirs)
+    assert_updates_equal(state, their_state, module.state_dict(), artifact.updated)
+    with pytest.raises(PockError, match=r"--budget|Largest savings|Train fewer"):
+        pocktvm.compile(module, inputs, budget=plain.persistent_bytes // 2, **options)
