@@ -12,7 +12,8 @@ Conventions every room relies on:
 - Elementwise operators broadcast as numpy does; scalars are rank-0 values.
 - A *group* is a node with a `body`: what one kernel computes. `op` is then "group", `inputs` and
   `outputs` are what crosses its border, `attrs["anchor"]` is the index in the body of the node that
-  decides the loop nest (None for pure elementwise), `attrs["kind"]` that node's op.
+  decides the loop nest (None for pure elementwise), `attrs["kind"]` that node's op. The body of
+  an inverted residual is groups again (passes/fuse_blocks.py).
 - Nothing is mutated: passes return new graphs.
 """
 
@@ -64,8 +65,14 @@ class Node:
     body: tuple[Node, ...] = ()
 
     def kernel_nodes(self) -> tuple[Node, ...]:
-        """The nodes one kernel computes: the body of a group, or the node itself."""
-        return self.body or (self,)
+        """The operators one kernel computes: those of a group (of groups), or the node itself."""
+        if not self.body:
+            return (self,)
+        return tuple(inner for part in self.body for inner in part.kernel_nodes())
+
+    def names(self) -> set[str]:
+        """Every value that the node or its body, however deep, reads or writes."""
+        return {*self.inputs, *self.outputs}.union(*(part.names() for part in self.body))
 
     @property
     def anchor(self) -> Node | None:

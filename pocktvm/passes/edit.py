@@ -139,9 +139,7 @@ def drop_dead(graph: Graph) -> Graph:
     kept.reverse()
     named = {*graph.inputs, *graph.scalars, *graph.params} | live
     for node in kept:
-        named.update(node.outputs)
-        for part in node.body:
-            named.update(part.inputs, part.outputs)
+        named |= node.names()
     return graph.with_(
         nodes=tuple(kept),
         values={k: v for k, v in graph.values.items() if k in named},

@@ -43,6 +43,7 @@ def choose_tile(grad: WeightGrad, isa: Isa) -> Tile:
     room = max(1, isa.vector_registers - 4)
     lines = max(1, min(kh, room // kw))
     pair = grad.dw_shape[3] % (2 * isa.lanes) == 0 and 2 * lines * kw <= room
+    pair = pair and not isa.lane_fma
     return Tile(4, 2 if pair else 1, lines)
 
 

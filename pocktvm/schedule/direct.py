@@ -16,7 +16,7 @@ value is one broadcast (or one lane) for all its vectors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,9 @@ from pocktvm.tvm_api import T, tirx
 
 Expr = Any
 CODE_LIMIT = 1500  # multiply-adds written out: about a second of LLVM
+# Source channels below which a border tile's inner pixels get a loop of their own: one tap alone
+# is too short a sum there, and all taps of all pixels in one block spill (23 of 314 on NEON).
+SHALLOW = 4
 
 
 @dataclass(frozen=True)
@@ -222,26 +225,42 @@ class _Row:
         dot = Dot(self.ctx, self.ctx.buffers[conv.source], self.weights.buffer, acc, vectors,
                   stride, offsets, self.tile.unroll)  # fmt: skip
         kw, depth = conv.kernel[1], conv.depth
-        if rows.taps and columns.taps:
+        everyone = range(len(keys))
+        contiguous = (columns.kernel_step, columns.dilation, conv.groups) == (1, 1, 1)
+        shallow = conv.depth < SHALLOW and contiguous and span is None
+        inside = run.inside if run.whole or shallow else frozenset()
+
+        def sums(line: Callable[[Expr, Expr], None]) -> None:
             with T.serial(*bounds) as ty:
-                line = self.n * h + rows.source(self.q, ty)
-                x0 = T.bind((line * w + columns.source(x, 0)) * c + self.group * depth)
-                w0 = T.bind(origin + rows.kernel(ty) * (kw * depth * stride))
+                source = self.n * h + rows.source(self.q, ty)
+                x0 = T.bind((source * w + columns.source(x, 0)) * c + self.group * depth)
+                line(x0, T.bind(origin + rows.kernel(ty) * (kw * depth * stride)))
 
-                def tap(tx: Any, pixels: Sequence[int]) -> None:
-                    dot.emit(x0 + tx * (columns.dilation * c),
-                             w0 + columns.kernel(tx) * (depth * stride), depth, pixels)  # fmt: skip
+        def whole(x0: Expr, w0: Expr) -> None:
+            pixels = [i for i, (_, r) in enumerate(keys) if r in inside]
+            dot.emit(x0, w0, depth * columns.taps, pixels)
 
-                everyone = range(len(keys))
-                contiguous = (columns.kernel_step, columns.dilation, conv.groups) == (1, 1, 1)
-                if span is not None or (run.whole and not contiguous):
-                    with T.serial(*(span or (0, columns.taps))) as tx:
-                        tap(tx, everyone)
-                elif run.whole:
-                    dot.emit(x0, w0, depth * columns.taps, everyone)
-                else:
-                    for tx in range(columns.taps):
-                        tap(tx, [i for i, (_, r) in enumerate(keys) if r in run.pixels[tx]])
+        def tap(x0: Expr, w0: Expr, tx: Any, pixels: Sequence[int]) -> None:
+            dot.emit(x0 + tx * (columns.dilation * c),
+                     w0 + columns.kernel(tx) * (depth * stride), depth, pixels)  # fmt: skip
+
+        def every_tap(x0: Expr, w0: Expr) -> None:
+            with T.serial(*(span or (0, columns.taps))) as tx:
+                tap(x0, w0, tx, everyone)
+
+        def border(x0: Expr, w0: Expr) -> None:
+            for tx in range(columns.taps):
+                seen = set(run.pixels[tx]) - inside
+                tap(x0, w0, tx, [i for i, (_, r) in enumerate(keys) if r in seen])
+
+        if rows.taps and columns.taps:
+            if span is not None or (run.whole and not contiguous):
+                sums(every_tap)
+            else:
+                if inside:
+                    sums(whole)
+                if not run.whole:
+                    sums(border)
         self.finish(rows, columns, keys, x, acc, vectors)
 
     def finish(

@@ -110,7 +110,7 @@ class ProgramBuilder:
             node = Node("group", node.inputs, node.outputs, attrs, node.layer, (node,))
         literals = self.literals if node.body else {}
         inputs = tuple(i for i in node.inputs if i not in literals)
-        names = {n for part in (node, *node.body) for n in (*part.inputs, *part.outputs)}
+        names = node.names()
         frozen = frozenset(k for k, name in enumerate(inputs) if name in self.graph.consts)
         return Task(
             node=replace(node, inputs=inputs),

@@ -68,7 +68,11 @@ class Task:
                 {k: _plain(v) for k, v in sorted(node.attrs.items())},
             ]
 
-        nodes = [describe(self.node), *(describe(b) for b in self.node.body)]
+        def parts(node: Node) -> list[Any]:
+            inner = [parts(part) if part.body else describe(part) for part in node.body]
+            return [describe(node), *inner]
+
+        nodes = parts(self.node)
         types = [[n, *self._type(name)] for name, n in numbers.items()]
         return json.dumps([nodes, types, sorted(self.frozen)], separators=(",", ":"))
 

@@ -119,6 +119,11 @@ class Run:
         """Every pixel sees every tap."""
         return all(len(p) == self.width for p in self.pixels)
 
+    @property
+    def inside(self) -> frozenset[int]:
+        """The pixels that see every tap."""
+        return frozenset(r for r in range(self.width) if all(r in p for p in self.pixels))
+
 
 def tiles(axis: Axis, widest: int, inside: bool = False) -> list[Run]:
     """Cover the outputs of an axis with tiles of at most `widest`, as even as can be; `inside`:
