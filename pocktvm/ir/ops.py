@@ -30,6 +30,7 @@ cross_entropy_grad   logits, y, dloss() -> dlogits        the same (+ weight[C] 
 take                 table, indices -> y                  axis, mode  (an embedding is axis 0)
 put                  table, indices, rows -> y            axis: table with these rows; y is table's new value
 take_grad            dy, indices -> dtable                axis, padding_idx (rows that get no gradient; -1)
+take_update          table, dy, indices, lr() -> table    take_grad's; table[indices] -= lr * dy, always in place
 gather_elements      x, indices -> y                      axis
 scatter_add_elements dy, indices -> dx                    axis (the gradient of gather_elements)
 sum mean max min prod argmax   x -> y                     axes, keepdims (argmax: axis)

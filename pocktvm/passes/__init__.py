@@ -17,6 +17,7 @@ from pocktvm.passes.fold_scales import fold_scales
 from pocktvm.passes.fuse import fuse
 from pocktvm.passes.order import order
 from pocktvm.passes.scale_grads import scale_grads
+from pocktvm.passes.scatter_updates import scatter_updates
 from pocktvm.passes.simplify import simplify
 from pocktvm.passes.sink_slices import sink_slices
 
@@ -34,6 +35,7 @@ PIPELINE: tuple[Pass, ...] = (
     simplify,
     flatten_rows,
     simplify,
+    scatter_updates,
     fuse,
     order,
 )

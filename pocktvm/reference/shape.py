@@ -117,6 +117,13 @@ def take_grad(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tens
     return dtable
 
 
+@reference("take_update")
+def take_update(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
+    """A step of plain SGD along take_grad."""
+    table, dy, indices, lr = args
+    return table - lr * take_grad(node, (dy, indices), outs)
+
+
 @reference("gather_elements")
 def gather_elements(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
     """torch.gather."""

@@ -165,7 +165,7 @@ class ProgramBuilder:
         if param is not None and self._may_overwrite(value.name, param, node, compiled):
             self._buffer(value, self.buffers[param].kind, alias_of=param)
             return
-        if node.op == "put":
+        if node.op in ("put", "take_update"):
             raise InternalError(f"{self.graph.name}: {node} is not the update of its table")
         self._buffer(value, value.role)
 

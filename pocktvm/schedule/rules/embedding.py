@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pocktvm.schedule.emit import Context, build, const, load, store, vector_loop
+from pocktvm.schedule.emit import Context, build, const, load, splat, store, vector_loop
 from pocktvm.schedule.loops import ceil_div, grid, tile_at, worth_threads
 from pocktvm.schedule.rule import Emitted, Knob, Task
 from pocktvm.schedule.strided_copy import fill, move_lanes, moved_as
@@ -43,17 +43,21 @@ class _Table:
 def _table(task: Task, table: str) -> _Table:
     shape, attrs = task.shape(table), task.node.attrs
     axis = int(attrs.get("axis") or 0) % len(shape)
-    count = task.values[task.node.inputs[1]].size
+    count = task.values[_indices(task)].size
     outer, inner = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
     return _Table(outer, shape[axis], inner, count, str(attrs.get("mode")))
+
+
+def _indices(task: Task) -> str:
+    return task.node.inputs[2 if task.node.op == "take_update" else 1]
 
 
 def _decline(task: Task, op: str) -> str | None:
     node = task.node
     if node.op != op:
         return f"not {op}"
-    if task.values[node.inputs[1]].dtype != "int32":
-        return f"indices of {task.values[node.inputs[1]].dtype}"
+    if task.values[_indices(task)].dtype != "int32":
+        return f"indices of {task.values[_indices(task)].dtype}"
     if any(task.values[n].size == 0 for n in (*node.inputs, *node.outputs)):
         return "an empty tensor"
     return None
@@ -101,13 +105,13 @@ class Take:
 
 
 class TakeGrad:
-    """dtable[o, indices[i], :] += dy[o, i, :], from zeros."""
+    """dtable[o, indices[i], :] += dy[o, i, :] from zeros; as an update, table[…] -= lr * dy."""
 
     name = "take_grad"
 
     def decline(self, task: Task) -> str | None:
         """Declines groups, indices that are not int32, gradients that are not float32."""
-        reason = _decline(task, "take_grad")
+        reason = _decline(task, "take_update" if task.node.op == "take_update" else "take_grad")
         if reason is None and task.values[task.node.outputs[0]].dtype != "float32":
             return "not float32"
         return reason
@@ -117,33 +121,40 @@ class TakeGrad:
         return {}
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
-        """Zeros everywhere, then rows in order, block of columns by block."""
+        """Zeros everywhere (a gradient), then rows in order, block of columns by block."""
         node, isa = task.node, task.target.isa
+        update = node.op == "take_update"
+        dy, indices = node.inputs[int(update)], _indices(task)
         t = _table(task, node.outputs[0])
         skipped = node.attrs.get("padding_idx", -1)
         skipped = -1 if skipped is None else int(skipped)
         block = min(t.inner, BLOCK)
 
         def body(ctx: Context) -> None:
-            dtable = ctx.buffers[node.outputs[0]]
-            fill(dtable, t.outer * t.length * t.inner, const(0.0), "float32", isa)
+            if not update:
+                table = ctx.buffers[node.outputs[0]]
+                fill(table, t.outer * t.length * t.inner, const(0.0), "float32", isa)
+            factor = const(0.0) - ctx.load(node.inputs[3], 0, 1) if update else None
             parallel = worth_threads(isa, 8 * t.outer * t.count * t.inner)
             for o, b in grid((t.outer, ceil_div(t.inner, block)), parallel):
                 for column, width in tile_at(b, t.inner, block):
                     with T.serial(0, t.count) as i:
-                        row = t.row(ctx.load(node.inputs[1], i, 1))
+                        row = t.row(ctx.load(indices, i, 1))
                         if skipped < 0:
-                            add_row(ctx, o, i, row, column, width)
+                            add_row(ctx, o, i, row, (column, width), factor)
                             continue
                         with T.If(tirx.NE(row, tirx.const(skipped, "int32"))), T.Then():
-                            add_row(ctx, o, i, row, column, width)
+                            add_row(ctx, o, i, row, (column, width), factor)
 
-        def add_row(ctx: Context, o: Expr, i: Expr, row: Expr, column: Expr, width: int) -> None:
-            goal = T.bind((o * t.length + row) * t.inner + column)
-            source = T.bind((o * t.count + i) * t.inner + column)
-            for c, w in vector_loop(width, isa.lanes, 4):
-                total = ctx.load(node.outputs[0], goal + c, w)
-                total = total + ctx.load(node.inputs[0], source + c, w)
+        def add_row(
+            ctx: Context, o: Expr, i: Expr, row: Expr, columns: tuple[Expr, int], factor: Expr
+        ) -> None:
+            goal = T.bind((o * t.length + row) * t.inner + columns[0])
+            source = T.bind((o * t.count + i) * t.inner + columns[0])
+            for c, w in vector_loop(columns[1], isa.lanes, 4):
+                added = ctx.load(dy, source + c, w)
+                added = added if factor is None else added * splat(factor, w)
+                total = ctx.load(node.outputs[0], goal + c, w) + added
                 ctx.store(node.outputs[0], goal + c, total, w)
 
-        return Emitted(build(task, body))
+        return Emitted(build(task, body), inplace=((0, 0),) if update else ())
