@@ -12,7 +12,7 @@ from pocktvm.schedule.rule import Task
 from pocktvm.schedule.rules.conv import Conv
 from pocktvm.schedule.rules.conv_input_grad import ConvInputGrad
 from pocktvm.schedule.rules.conv_weight_grad import ConvWeightGrad
-from pocktvm.schedule.rules.winograd import WinogradConv
+from pocktvm.schedule.rules.winograd import WinogradConv, WinogradWeight
 
 # n, h, w, cin, cout, kernel, stride, padding (t,l,b,r), dilation, groups
 SHAPES = [
@@ -115,25 +115,49 @@ def test_weight_gradient_with_update(shape, isa, block):
     check_rule(node, types, ConvWeightGrad(), host(*isa), block=block)
 
 
-@pytest.mark.parametrize(
-    "m, n, h, w, cin, cout, padding, isa",
-    [
-        (4, 2, 12, 9, 32, 48, (1, 1, 1, 1), TARGETS[0]),
-        (2, 1, 7, 5, 37, 33, (0, 2, 1, 1), TARGETS[1]),
-        (4, 3, 4, 4, 34, 40, (1, 1, 1, 1), TARGETS[2]),
-        (2, 2, 1, 3, 32, 32, (1, 1, 1, 1), TARGETS[0]),
-        (4, 1, 45, 45, 32, 32, (1, 1, 1, 1), TARGETS[0]),
-    ],
-)
-def test_winograd(m, n, h, w, cin, cout, padding, isa):
+WINOGRAD = [
+    (4, 2, 12, 9, 32, 48, (1, 1, 1, 1), TARGETS[0]),
+    (2, 1, 7, 5, 37, 33, (0, 2, 1, 1), TARGETS[1]),
+    (4, 3, 4, 4, 34, 40, (1, 1, 1, 1), TARGETS[2]),
+    (2, 2, 1, 3, 32, 32, (1, 1, 1, 1), TARGETS[0]),
+    (4, 1, 45, 45, 32, 32, (1, 1, 1, 1), TARGETS[0]),
+    (2, 2, 37, 23, 32, 50, (1, 1, 1, 1), TARGETS[2]),
+    (2, 1, 9, 11, 33, 35, (1, 1, 0, 2), TARGETS[3]),
+]
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Winograd for learning weights of any size of image."""
+    monkeypatch.setattr("pocktvm.schedule.rules.winograd._gain", lambda *_: 1.0)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("m, n, h, w, cin, cout, padding, isa", WINOGRAD)
+def test_winograd(m, n, h, w, cin, cout, padding, isa, frozen, eager):
     shape = (n, h, w, cin, cout, (3, 3), (1, 1), padding, (1, 1), 1)
     x, k, y, attrs = geometry(shape)
-    types = values(x=x, w=k, dy=y, y=y, z=y, dx=x)
+    types, known = values(x=x, w=k, dy=y, y=y, z=y, dx=x), ("w",) if frozen else ()
     body = (Node("conv2d", ("x", "w"), ("y",), attrs), Node("add", ("y", "dy"), ("z",)))
     node = Node("group", ("x", "w", "dy"), ("z",), {"anchor": 0, "kind": "conv2d"}, "", body)
-    check_rule(node, types, WinogradConv(), host(*isa), frozen=("w",), m=m, tolerance=1e-4)
+    check_rule(node, types, WinogradConv(), host(*isa), frozen=known, m=m, tolerance=1e-4)
     node = Node("conv2d_input_grad", ("dy", "w"), ("dx",), attrs)
-    check_rule(node, types, WinogradConv(), host(*isa), frozen=("w",), m=m, tolerance=1e-4)
+    check_rule(node, types, WinogradConv(), host(*isa), frozen=known, m=m, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("m, n, h, w, cin, cout, padding, isa", WINOGRAD)
+def test_winograd_weight_gradient_with_update(m, n, h, w, cin, cout, padding, isa, eager):
+    shape = (n, h, w, cin, cout, (3, 3), (1, 1), padding, (1, 1), 1)
+    x, k, y, attrs = geometry(shape)
+    body = (
+        Node("conv2d_weight_grad", ("x", "dy"), ("dw",), attrs),
+        Node("multiply", ("dw", "lr"), ("t",)),
+        Node("subtract", ("w", "t"), ("z",)),
+    )
+    about = {"anchor": 0, "kind": "conv2d_weight_grad"}
+    node = Node("group", ("x", "dy", "lr", "w"), ("z",), about, "", body)
+    types = values(x=x, dy=y, dw=k, w=k, lr=(), t=k, z=k)
+    check_rule(node, types, WinogradWeight(), host(*isa), m=m, tolerance=1e-4)
 
 
 def test_winograd_declines_and_says_why():
@@ -142,8 +166,15 @@ def test_winograd_declines_and_says_why():
     task = Task(node, values(x=x, w=k, y=y), {}, frozenset({1}), host(8))
     rule = WinogradConv()
     assert rule.decline(task) is None
-    assert "trained" in rule.decline(dataclasses.replace(task, frozen=frozenset()))
+    learning = dataclasses.replace(task, frozen=frozenset())
+    assert "transforming" in rule.decline(learning)
+    wide = values(x=(4, 32, 32, 64), w=k, y=(4, 32, 32, 64))
+    assert rule.decline(dataclasses.replace(learning, values=wide)) is None
     small = dataclasses.replace(task, target=task.target.within(64_000_000))
     assert "would grow" in rule.decline(small)
     strided = dataclasses.replace(node, attrs={**attrs, "strides": (2, 2)})
     assert "strides" in rule.decline(dataclasses.replace(task, node=strided))
+    gradient = Node("conv2d_weight_grad", ("x", "y"), ("w",), attrs)
+    task = dataclasses.replace(learning, node=gradient)
+    assert "transforming" in WinogradWeight().decline(task)
+    assert WinogradWeight().decline(dataclasses.replace(task, values=wide)) is None

@@ -18,7 +18,7 @@ from pocktvm.schedule.rules.put import Put
 from pocktvm.schedule.rules.reduce import Reduce
 from pocktvm.schedule.rules.resize import Resize
 from pocktvm.schedule.rules.rows import RowOperators
-from pocktvm.schedule.rules.winograd import WinogradConv
+from pocktvm.schedule.rules.winograd import WinogradConv, WinogradWeight
 
 RULES: tuple[Rule, ...] = (
     Elementwise(),
@@ -30,6 +30,7 @@ RULES: tuple[Rule, ...] = (
     WinogradConv(),
     Conv(),
     ConvInputGrad(),
+    WinogradWeight(),
     ConvWeightGrad(),
     Pool(),
     Resize(),
