@@ -3,8 +3,9 @@
     python -m benchmarks.emulated --workload w1a --scheme sparse [--top 15] [--no-caches] [--json]
 
 Builds for `--target` (rpi4), runs the artifact's own program on one thread under qemu-aarch64 with
-our plugin (counter.c), and counts the second step, kernel by kernel. The caches are a model of a
-Cortex-A72's, without prefetch; counts are not times, and nothing here is calibrated on a board.
+our plugin (pocktvm/tuning/counter.c), and counts the second step, kernel by kernel. The caches are
+a model of a Cortex-A72's, without prefetch; counts are not times, and nothing here is calibrated on
+a board.
 The peers' counts were taken once the same way and are printed as they were; see
 docs/performance.md.
 """
@@ -17,9 +18,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.counting import CannotCount, count_step
+from benchmarks.counting import count_step
 from benchmarks.inner_loops import inner_loops
 from benchmarks.workloads import SCHEMES, WORKLOADS
+from pocktvm.tuning.counter import CannotCount
 
 # (workload, scheme) -> peer -> millions a step. Official aarch64 wheels of TensorFlow 2.21 and
 # PyTorch 2.9.1 (the last one a Cortex-A72 can run) on the same model, batch and trained tensors,

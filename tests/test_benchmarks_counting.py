@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pocktvm
-from benchmarks.counting import AROUND, CannotCount, Counts, _last_step, build_plugin, count_step
+from benchmarks.counting import AROUND, _last_step, count_step
 from benchmarks.emulated import ratios
 from benchmarks.inner_loops import inner_loops
 from pocktvm.ir.graph import Node, Value
@@ -17,6 +17,7 @@ from pocktvm.schedule.rule import Task, defaults
 from pocktvm.schedule.rules.conv import Conv
 from pocktvm.schedule.rules.matmul import Matmul
 from pocktvm.targets import load_target
+from pocktvm.tuning.counter import CannotCount, Counts, build_plugin
 
 FMLA, LOAD, ADD = 0x4E20CC00, 0x3DC00000, 0x11000400  # fmla v0.4s; ldr q0, [x0]; add w0, w0, 1
 SPILL = 0x3DC003E0  # ldr q0, [sp]

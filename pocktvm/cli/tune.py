@@ -21,7 +21,7 @@ def tune(
     loss: Annotated[str | None, typer.Option(help="as for build")] = None,
     optimizer: Annotated[str, typer.Option(help="as for build")] = "sgd",
     runner: Annotated[
-        str, typer.Option(help="local, ssh://pi@host, or rpc://host:port/key")
+        str, typer.Option(help="local, emulated, ssh://pi@host, or rpc://host:port/key")
     ] = "local",
     trials: Annotated[int, typer.Option(min=1, help="points measured per kernel")] = 16,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="stop after so long")] = None,

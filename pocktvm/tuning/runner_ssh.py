@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import statistics
 import tarfile
 from pathlib import Path
 from typing import IO
-
-import numpy as np
 
 from pocktvm.deploy.failures import DeviceError
 from pocktvm.deploy.probe import Device, fitting_targets, probe
 from pocktvm.deploy.ssh import Script, parse_host, run_script
 from pocktvm.errors import PockError
 from pocktvm.ir.target import Target
-from pocktvm.tuning.calling import check_equal, seeded_arguments
-from pocktvm.tuning.candidate import Candidate
-from pocktvm.tuning.program import link_program, read_result
+from pocktvm.tuning.program import ProgramRunner
 from pocktvm.tuning.runners import TIMEOUT_SECONDS, CandidateError
 
-ROUNDS = 3  # of a comparison
 
-
-class SshRunner:
+class SshRunner(ProgramRunner):
     """One device; every candidate is sent, run once and removed."""
 
     def __init__(self, host: str, target: Target, threads: int | None = None) -> None:
@@ -33,43 +25,13 @@ class SshRunner:
             self._host = parse_host(host)
         except ValueError as error:
             raise PockError(f"--runner ssh://{host}: {error}") from None
-        self._target, self._threads = target, threads or 0
+        super().__init__(target)
+        self._threads = threads or 0
         device = probe(self._host, ".cache")
         check_device(device, target)
-        self._expected: list[np.ndarray] | None = None
 
-    def reset(self) -> None:
-        """Forget the outputs to agree with."""
-        self._expected = None
-
-    def time(self, folder: Path) -> float:
-        """Median seconds on the device."""
-        seconds, outputs = self._run(folder)
-        if self._expected is None:
-            self._expected = outputs
-        try:
-            for got, want in zip(outputs, self._expected, strict=True):
-                check_equal(got, want)
-        except ValueError as error:
-            raise CandidateError(str(error)) from None
-        return seconds
-
-    def compare(self, first: Path, second: Path) -> tuple[float, float]:
-        """Both medians; the two take turns."""
-        times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(ROUNDS):
-            for folder, collected in zip((first, second), times, strict=True):
-                collected.append(self._run(folder)[0])
-        return statistics.median(times[0]), statistics.median(times[1])
-
-    def close(self) -> None:
-        """Nothing is held between candidates."""
-
-    def _run(self, folder: Path) -> tuple[float, list[np.ndarray]]:
-        candidate = Candidate(folder)
-        facts = json.loads(candidate.description.read_text())
-        program = link_program(candidate, self._target.toolchain)
-        inputs = b"".join(a.tobytes() for a in seeded_arguments(facts)[: facts["n_inputs"]])
+    def run_program(self, program: Path, inputs: bytes) -> tuple[float | None, bytes]:
+        """Send, run, fetch."""
         received: list[bytes] = []
 
         def keep(name: str, size: int, digest: str, pipe: IO[bytes]) -> None:
@@ -87,7 +49,7 @@ class SshRunner:
             raise CandidateError(error.detail) from None
         if not received:
             raise CandidateError("its result arrived damaged")
-        return read_result(received[0], facts)
+        return None, received[0]
 
 
 def check_device(device: Device, target: Target) -> None:

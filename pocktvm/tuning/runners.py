@@ -33,9 +33,10 @@ class Runner(Protocol):
 
 
 def open_runner(text: str, target: Target, threads: int | None = None) -> Runner:
-    """A runner from `local`, `ssh://pi@host` or `rpc://host:port/key`.
+    """A runner from `local`, `emulated`, `ssh://pi@host` or `rpc://host:port/key`.
 
     PockError: it does not fit the target, cannot be reached, or is none of these."""
+    from pocktvm.tuning.runner_emulated import EmulatedRunner
     from pocktvm.tuning.runner_local import LocalRunner
     from pocktvm.tuning.runner_rpc import RpcRunner
     from pocktvm.tuning.runner_ssh import SshRunner
@@ -44,15 +45,17 @@ def open_runner(text: str, target: Target, threads: int | None = None) -> Runner
         if not target.is_host:
             raise PockError(
                 f"--runner local times kernels on this machine, but the target is {target.name}.\n"
-                "  Use --runner ssh://pi@host, or rpc://host:port/key with boards behind a TVM "
-                "tracker."
+                "  Use --runner ssh://pi@host, rpc://host:port/key with boards behind a TVM "
+                "tracker,\n  or emulated, which counts instructions (aarch64)."
             )
         return LocalRunner(threads)
+    if text == "emulated":
+        return EmulatedRunner(target)
     if text.startswith("ssh://"):
         return SshRunner(text.removeprefix("ssh://"), target, threads)
     match = re.fullmatch(r"rpc://([\w.-]+):(\d+)/([\w.-]+)", text)
     if match:
         return RpcRunner(match[1], int(match[2]), match[3])
     raise PockError(
-        f"unknown runner '{text}': use local, ssh://pi@host, or rpc://host:port/key."
+        f"unknown runner '{text}': use local, emulated, ssh://pi@host, or rpc://host:port/key."
     )
