@@ -22,6 +22,8 @@ from pocktvm.frontend.lora import add_adapters
 from pocktvm.frontend.source import import_model
 from pocktvm.identity import identify, label_inputs
 from pocktvm.ir.graph import Graph
+from pocktvm.ir.kernels import Kernels
+from pocktvm.ir.memory import MemoryPlan
 from pocktvm.ir.scheme import Scheme
 from pocktvm.ir.target import Target
 from pocktvm.passes import run_passes
@@ -110,16 +112,22 @@ def compile(
         return kernels, plan
 
     check = functools.partial(build.check, limit=limit)
+    plain = graphs
     graphs, kernels, plan, trade = levers.fitted(graphs, limit, device, compiled, check)
 
-    stages.enter("link")
-    identity = identify(
-        model, device, wanted, loss_fn, optimizer_rule, inputs, updated, kernels, plan,
-        seconds=stages.finish(), threads=threads, trade=trade.facts() if trade else None,
-    )  # fmt: skip
-    artifact = Artifact.emit(emit_artifact, kernels, plan, identity, self_test, device, out)
+    def emit(kernels: Kernels, plan: MemoryPlan, out: str | Path | None) -> Artifact:
+        stages.enter("link")
+        identity = identify(
+            model, device, wanted, loss_fn, optimizer_rule, inputs, updated, kernels, plan,
+            seconds=stages.finish(), threads=threads, trade=trade.facts() if trade else None,
+        )  # fmt: skip
+        return Artifact.emit(emit_artifact, kernels, plan, identity, self_test, device, out)
+
+    artifact = emit(kernels, plan, out)
     if trade is not None and device.is_host:
-        artifact.trade = levers.measured(trade, artifact.path, levers.repeated_calls(kernels))
+        stages.enter("measure the trade")
+        unbounded = emit(*compiled(plain), None)
+        artifact.trade = levers.measured(trade, artifact.path, unbounded.path)
     return artifact
 
 

@@ -8,6 +8,7 @@ shrunk by the estimate, compiled, and shrunk further by what the plan still exce
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -23,18 +24,20 @@ from pocktvm.manifest import MANIFEST, read_manifest
 from pocktvm.passes.costs import flops, seconds
 from pocktvm.passes.liveness import Lifetimes
 from pocktvm.passes.order import order
-from pocktvm.passes.rematerialize import AGAIN, is_again, rematerialize
+from pocktvm.passes.rematerialize import is_again, rematerialize
 from pocktvm.units import format_bytes
 
 Planned = tuple[Kernels, MemoryPlan]
 ATTEMPTS = 6  # compile, look at the plan, shrink by what is missing
+ROUNDS, SECONDS = 6, 16.0  # of measuring: turns of either artifact, and how long all take, about
 MARGIN = 1.002  # packing loses a little of what a lower peak gains
 
 
 @dataclass(frozen=True)
 class Trade:
     """Bytes against time. `flops` and `seconds` are what a step has more of, `step_*` what it has
-    without; `measured`: the seconds are this machine's, otherwise a roofline's."""
+    without; `measured`: the seconds are this machine's, otherwise a roofline's. Measured, `seconds`
+    may be negative: what a smaller arena saves in cache misses can outweigh the work."""
 
     kernels: int
     saved_bytes: int
@@ -53,8 +56,9 @@ class Trade:
         return (
             f"to fit the budget {self.kernels} kernels run twice: "
             f"-{format_bytes(self.saved_bytes)}, +{self.flops / 1e9:.2f} GFLOP a step "
-            f"(+{self.flops / max(self.step_flops, 1):.1%}), +{1e3 * self.seconds:.2f} ms "
-            f"(+{self.seconds / max(self.step_seconds, 1e-9):.1%}, {how})"
+            f"(+{self.flops / max(self.step_flops, 1):.1%}), "
+            f"{1e3 * self.step_seconds:.2f} -> {1e3 * (self.step_seconds + self.seconds):.2f} ms "
+            f"({self.seconds / max(self.step_seconds, 1e-9):+.1%}, {how})"
         )
 
 
@@ -136,25 +140,33 @@ def trade(before: Sequence[Graph], after: Sequence[Graph], target: Target) -> Tr
     )
 
 
-def repeated_calls(kernels: Kernels) -> list[int]:
-    """Indices of the step's calls that run for the second time."""
-    calls = kernels.programs["step"].calls
-    return [i for i, c in enumerate(calls) if any(w.endswith(AGAIN) for w in c.writes)]
+def measured(trade: Trade, folder: Path, plain: Path) -> Trade:
+    """The trade with this machine's seconds, put into the artifact's manifest: steps of the
+    artifact and of the one without levers, by turns. What cannot be run here stays an estimate.
+
+    A profile of the calls that run twice would say too much: a smaller arena saves cache misses.
+    """
+    times: dict[Path, list[float]] = {folder: [], plain: []}
+    steps = 3
+    for turn in range(ROUNDS + 1):  # the first round only tells how many steps a round has
+        found = [_step_ms(path, steps) for path in times]
+        if not all(found):
+            return trade
+        for path, ms in zip(times, found, strict=True):
+            times[path].append(ms if turn else math.inf)
+        if not turn:
+            steps = int(min(40, max(3, 1e3 * SECONDS / ROUNDS / sum(found))))
+    now, before = (min(times[path]) * 1e-3 for path in (folder, plain))
+    stated = replace(trade, seconds=now - before, step_seconds=before, measured=True)
+    _tell(folder, stated.facts())
+    return stated
 
 
-def measured(trade: Trade, folder: Path, repeated: Sequence[int]) -> Trade:
-    """The trade with this machine's seconds: a few profiled steps of the artifact itself, put into
-    its manifest. What cannot be run here stays an estimate."""
-    command = [str(folder / "pocktvm-run"), str(folder), "--steps", "8", "--profile", "--json"]
+def _step_ms(folder: Path, steps: int) -> float:
+    """The median of some steps of an artifact; 0 where it cannot run."""
+    command = [str(folder / "pocktvm-run"), str(folder), "--steps", str(steps), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return trade
-    profile = [ms for _, ms in json.loads(done.stdout)["profile"]]
-    extra = sum(profile[i] for i in repeated) * 1e-3
-    rest = sum(profile) * 1e-3 - extra
-    found = replace(trade, seconds=extra, step_seconds=rest, measured=True)
-    _tell(folder, found.facts())
-    return found
+    return 0.0 if done.returncode else float(json.loads(done.stdout)["step_ms_median"])
 
 
 def _tell(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -9,9 +9,9 @@ block's input: six times larger, one 1x1 convolution away).
 
 Greedy: of all nodes whose results wait over a gap in which too many bytes live, the one with the
 most bytes over the limit taken away per second added is cloned in front of its first late reader;
-again, until the peak is under the limit. Operands of a clone live longer, which counts; a clone's
-operand may be made again in its turn, so chains grow backwards as far as the limit asks. At the end
-every clone that is not needed after all is taken back.
+again, until the peak is under the limit. Operands of a clone that are gone by then either live
+longer, which counts, or are made again with it, up to DEPTH kernels back (attention's weights from
+queries and keys). At the end every choice that is not needed after all is taken back.
 
 Runs on groups, after fuse and order; `order` runs again behind it. A clone is the same kernel.
 Source: Kumar et al. 2019 (greedy, memory per recomputation time); Chen et al. 2016.
@@ -20,7 +20,7 @@ Source: Kumar et al. 2019 (greedy, memory per recomputation time); Chen et al. 2
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -32,7 +32,9 @@ from pocktvm.passes.costs import seconds
 from pocktvm.passes.liveness import Lifetimes
 
 AGAIN = "~again"  # what the names of values made again end with
-TRIALS = 12  # dearest clones that are tried without
+TRIALS = 12  # dearest choices that are tried without
+DEPTH = 3  # kernels behind a value that are made again with it
+Chain = tuple[str, ...]  # values: the one that is read late, then what it is made from
 Cost = Callable[[Node, dict[str, Value]], float]
 
 
@@ -40,10 +42,10 @@ def rematerialize(graph: Graph, limit: int, cost: Cost | None = None) -> Graph:
     """The graph with clones, its transient peak at most `limit` bytes where that can be reached,
     else as low as single clones bring it."""
     state = _State(graph, graph.nodes, dict(graph.values), limit, cost or seconds)
-    chosen: list[str] = []
+    chosen: list[Chain] = []
     while state.excess() > 0 and (best := state.best()) is not None:
         chosen.append(best)
-        state = state.clone(best)
+        state = state.clone_all(best)
     if state.excess() == 0:
         state = _without_needless(graph, chosen, state)
     return state.graph()
@@ -54,17 +56,18 @@ def is_again(node: Node) -> bool:
     return bool(node.outputs) and node.outputs[0].endswith(AGAIN)
 
 
-def _without_needless(graph: Graph, chosen: Sequence[str], state: _State) -> _State:
+def _without_needless(graph: Graph, chosen: Sequence[Chain], state: _State) -> _State:
     """Later clones may have made earlier ones superfluous: try without each, dearest first."""
     first = _State(graph, graph.nodes, dict(graph.values), state.limit, state.cost)
     makers = graph.producers()
+    price = {chain: sum(first.seconds_of(makers[n]) for n in chain) for chain in chosen}
     kept = list(chosen)
-    for name in sorted(chosen, key=lambda n: -first.seconds_of(makers[n]))[:TRIALS]:
-        fewer = [n for n in kept if n != name]
-        trial: _State | None = first
+    for chain in sorted(chosen, key=lambda c: -price[c])[:TRIALS]:
+        fewer = [c for c in kept if c != chain]
+        trial = first
         for other in fewer:
-            trial = trial.clone(other) if trial is not None and trial.gap(other) else None
-        if trial is not None and trial.excess() == 0:
+            trial = trial.clone_all(other)
+        if trial.excess() == 0:
             kept, state = fewer, trial
     return state
 
@@ -107,8 +110,8 @@ class _State:
         """What running the node once more costs."""
         return self.cost(node, self.values)
 
-    def best(self) -> str | None:
-        """The first result of the node that is best made again."""
+    def best(self) -> Chain | None:
+        """The values that are best made again."""
         over, best, chosen = self.excess(), 0.0, None
         for node in self.nodes:
             if node.op in VIEWS or is_again(node) or not self._repeatable(node):
@@ -116,11 +119,33 @@ class _State:
             gap = self.gap(node.outputs[0])
             if gap is None or self.live[gap.start + 1 : gap.end].max(initial=0) <= self.limit:
                 continue
-            gain = over - int(np.maximum(self._live_after(node, gap) - self.limit, 0).sum())
-            score = gain / self.seconds_of(node)
-            if gain > 0 and score > best:
-                best, chosen = score, node.outputs[0]
+            for chain in self._chains(node, gap):
+                live = self._live_after(chain, gap)
+                gain = over - int(np.maximum(live - self.limit, 0).sum())
+                score = gain / sum(map(self.seconds_of, chain))
+                if gain > 0 and score > best:
+                    best, chosen = score, tuple(n.outputs[0] for n in chain)
         return chosen
+
+    def _chains(self, node: Node, gap: _Gap) -> Iterator[list[Node]]:
+        """The node alone; with the makers of its operands that are gone; with theirs; …"""
+        chain = [node]
+        yield chain
+        for _ in range(DEPTH):
+            gone = (self.at[u] for n in chain for u in self._gone(n, gap) if u in self.at)
+            makers = {i: self.nodes[i] for i in gone if self.nodes[i] not in chain}
+            if not makers or not all(
+                self._repeatable(m) and not is_again(m) and self._unchanged(m, gap.end)
+                for m in makers.values()
+            ):
+                return
+            chain = [*chain, *(makers[i] for i in sorted(makers, reverse=True))]
+            yield chain
+
+    def _gone(self, node: Node, gap: _Gap) -> list[str]:
+        """Operands nobody reads any more when the gap ends."""
+        operands = dict.fromkeys(self.life.root.get(i, i) for i in node.inputs)
+        return [u for u in operands if u in self.life.first and self.life.last(u) < gap.end]
 
     def _repeatable(self, node: Node) -> bool:
         """No result of the program, and nothing but kernels' values among its outputs."""
@@ -148,16 +173,26 @@ class _State:
         new = (self.source.updates.get(self.life.root.get(i, i)) for i in node.inputs)
         return all(self.at[value] >= at for value in new if value in self.at)
 
-    def _live_after(self, node: Node, gap: _Gap) -> np.ndarray:
-        """Live bytes with the node cloned, about: the operands' longer lives count."""
+    def _live_after(self, chain: Sequence[Node], gap: _Gap) -> np.ndarray:
+        """Live bytes with the chain cloned, about: its operands live longer, what it makes on the
+        way lives where the gap ends."""
         live = self.live.copy()
         for name in gap.late:
             early = [t for t in self.life.touched[name] if t <= gap.start]
             live[max([self.at[name], *early]) + 1 : gap.end] -= self.life.size(name)
-        for name in dict.fromkeys(self.life.root.get(i, i) for i in node.inputs):
-            if name in self.life.first and (last := self.life.last(name)) < gap.end:
-                live[last + 1 : gap.end + 1] += self.life.size(name)
+        made = {o for n in chain for o in n.outputs}
+        for name in dict.fromkeys(u for n in chain for u in self._gone(n, gap)):
+            begin = gap.end if name in made else self.life.last(name) + 1
+            live[begin : gap.end + 1] += self.life.size(name)
         return live
+
+    def clone_all(self, chain: Chain) -> _State:
+        """The first value's node made again, then what its clone reads; what has no gap is left."""
+        state = self
+        for name in chain:
+            if name + AGAIN not in state.values and state.gap(name) is not None:
+                state = state.clone(name)
+        return state
 
     def clone(self, name: str) -> _State:
         """The state with the node of `name` made again in front of its first late reader."""
