@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from pocktvm.identity import identify, label_inputs
 from pocktvm.ir.graph import Graph
 from pocktvm.ir.kernels import Kernels
 from pocktvm.ir.memory import MemoryPlan
+from pocktvm.ir.rates import Rates
 from pocktvm.ir.scheme import Scheme
 from pocktvm.ir.target import Target
 from pocktvm.passes import run_passes
 from pocktvm.recorded import record_self_test
 from pocktvm.schedule import schedule
 from pocktvm.schedule.compile_kernel import KernelCompiler
+from pocktvm.search.auto import automatic_scheme
 from pocktvm.stages import Stages
 from pocktvm.targets import load_target
 from pocktvm.tuning.records import Records
@@ -54,6 +57,10 @@ def compile(
     published: Mapping[str, Any] | None = None,
     mean: Sequence[float] = (),
     scale: Sequence[float] = (),
+    samples: Mapping[str, Any] | None = None,
+    analysis: str | Path | None = None,
+    rates: bool = False,
+    facts: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile a module into an artifact that trains it.
@@ -71,6 +78,11 @@ def compile(
     out             the artifact's folder; None keeps it in a temporary one (Artifact.save moves it)
     published       the scheme that the name "pockengine" stands for
     mean, scale     per channel: how the device reads uint8 samples
+    samples         arrays by input name, labels as `y`: for the scheme "auto", and for channels
+                    ranked by activation (docs/schemes.md)
+    analysis        table of an analysis to choose from, or to go on with, for the scheme "auto"
+    rates           the step has one more input, factors of lr by channel (ir/rates.py)
+    facts           more entries of the manifest
     progress        called as (stage, detail) while it works
 
     Raises PockError for everything the caller can mend, before any long work where possible.
@@ -84,17 +96,22 @@ def compile(
     stages.enter("import")
     options: dict[str, Any] = {"name": name, "scheme": published, "mean": mean, "scale": scale}
     options["dropout"] = dropout
-    build = Build(module, example_inputs, wanted, loss_fn, optimizer_rule, device, options)
-    model = add_adapters(import_model(module, example_inputs, **options), wanted)
+    build = Build(
+        module, example_inputs, wanted, loss_fn, optimizer_rule, device, options, samples
+    )
+    if wanted.name == "auto":
+        wanted = automatic_scheme(build, limit, analysis, progress)
+        build = replace(build, scheme=wanted)
+    model, updated = build.resolve()
     stages.saw("import", model.module)
-    updated = wanted.resolve(model)
 
     stages.enter("differentiate")
-    graphs: tuple[Graph, ...] = differentiate(model, updated, loss_fn, optimizer_rule)
+    factors = Rates.of(model, updated) if rates else None
+    graphs: tuple[Graph, ...] = differentiate(model, updated, loss_fn, optimizer_rule, factors)
     stages.saw("differentiate", *graphs)
 
     stages.enter("record the self-test")
-    inputs = label_inputs(model, loss_fn)
+    inputs = (*label_inputs(model, loss_fn), *((factors.input,) if factors else ()))
     self_test = record_self_test(graphs, inputs, optimizer_rule)
 
     stages.enter("optimise the graph")
@@ -120,6 +137,7 @@ def compile(
         identity = identify(
             model, device, wanted, loss_fn, optimizer_rule, inputs, updated, kernels, plan,
             seconds=stages.finish(), threads=threads, trade=trade.facts() if trade else None,
+            **(facts or {}),
         )  # fmt: skip
         return Artifact.emit(emit_artifact, kernels, plan, identity, self_test, device, out)
 

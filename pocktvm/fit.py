@@ -12,21 +12,26 @@ from typing import Any
 
 from pocktvm import memory
 from pocktvm.autodiff.differentiate import differentiate
+from pocktvm.data import check_data
 from pocktvm.frontend.lora import add_adapters
 from pocktvm.frontend.source import import_model
+from pocktvm.identity import label_inputs
 from pocktvm.ir.graph import Graph
 from pocktvm.ir.memory import MemoryPlan
+from pocktvm.ir.model import Model
 from pocktvm.ir.scheme import Scheme
 from pocktvm.ir.target import Target
 from pocktvm.levers import shrunk
 from pocktvm.passes import run_passes
+from pocktvm.search.activity import measure_activity
 
 SMALLER_SCHEMES = ("pockengine", "last")
 
 
 @dataclass(frozen=True)
 class Build:
-    """Everything that decides the graphs of a build. `options` are import_model's."""
+    """Everything that decides the graphs of a build. `options` are import_model's; `samples` are
+    arrays by input name, for schemes that ask for data."""
 
     module: Any
     example_inputs: Any
@@ -35,12 +40,22 @@ class Build:
     optimizer: Any
     target: Target
     options: Mapping[str, Any] = field(default_factory=dict)
+    samples: Mapping[str, Any] | None = None
+
+    def resolve(self) -> tuple[Model, dict[str, float]]:
+        """The model with the scheme's adapters, and what learns of it."""
+        model = import_model(self.module, self.example_inputs, **self.options)
+        model = add_adapters(model, self.scheme)
+        activity = None
+        if self.scheme.needs_data and self.samples is not None:
+            specs = label_inputs(model, self.loss)
+            arrays = check_data(self.samples, specs, labels_optional=True)
+            activity = measure_activity(model, arrays)
+        return model, self.scheme.resolve(model, activity)
 
     def estimate(self, limit: int) -> MemoryPlan:
         """Import, differentiate, optimise and shrink to `limit`, up to the kernels."""
-        model = import_model(self.module, self.example_inputs, **self.options)
-        model = add_adapters(model, self.scheme)
-        updated = self.scheme.resolve(model)
+        model, updated = self.resolve()
         graphs = differentiate(model, updated, self.loss, self.optimizer)
         optimised = [run_passes(g, self.target) for g in graphs]
         return memory.estimate(shrunk(optimised, limit, self.target))

@@ -304,7 +304,7 @@ def test_sides_of_grouped_and_turned_weights():
 
 def test_activity_decides_where_it_is_asked():
     w = weight(4, 6)
-    activity = np.array([0, 0, 9, 0, 8, 0.0])
+    activity = {"in": np.array([0, 0, 9, 0, 8, 0.0])}
     assert choose(w, Axes(), "activation:0.34", activity).indices == (2, 4)
     with pytest.raises(PockError, match="--data"):
         choose(w, Axes(), "activation:0.34")

@@ -9,7 +9,7 @@ that learns. The gradient of each operator is one function in rules/.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pocktvm.autodiff.join_slices import join_slices
@@ -24,14 +24,19 @@ from pocktvm.errors import PockError
 from pocktvm.ir.graph import Graph, Param
 from pocktvm.ir.model import Model
 from pocktvm.ir.part import Part
+from pocktvm.ir.rates import Rates
 from pocktvm.tvm_api import relax
 
 
 def differentiate(
-    model: Model, updated: Mapping[str, float], loss: Loss, optimizer: Optimizer
+    model: Model,
+    updated: Mapping[str, float],
+    loss: Loss,
+    optimizer: Optimizer,
+    rates: Rates | None = None,
 ) -> tuple[Graph, Graph]:
     """The step and predict programs of `model` when `updated` (parameter -> share) learns; a share
-    that is a `Part` names the slice.
+    that is a `Part` names the slice. With `rates` the step has them as its last input.
 
     Raises PockError for an operator without a gradient on the way to a tensor that learns (all of
     them at once), and when no tensor of `updated` reaches the loss.
@@ -50,8 +55,8 @@ def differentiate(
         gradient = relax.transform.Gradient(ENTRY, require_grads=[wanted[n] for n in trained])
         module = gradient(prepared.module)
     parts = {n: part for n in trained if isinstance(part := updated[n], Part)}
-    step = _step(model, prepared, module[f"{ENTRY}_adjoint"], trained, optimizer, parts)
-    return step, _predict(model, trained, parts)
+    step = _step(model, prepared, module[f"{ENTRY}_adjoint"], trained, optimizer, parts, rates)
+    return step, predict_graph(model, trained, parts)
 
 
 def _step(
@@ -61,22 +66,28 @@ def _step(
     trained: list[str],
     optimizer: Optimizer,
     parts: Mapping[str, Part],
+    rates: Rates | None,
 ) -> Graph:
     builder = GraphBuilder("step")
     env = _sources(builder, model, prepared, function, trained, parts)
+    if rates is not None:
+        builder.input(rates.input.name, rates.input.shape, rates.input.dtype)
     converter = Converter(builder, env)
     forward_end = prepared.module[ENTRY].body.body.name
     loss, gradients = converter.run(function, forward_end)
     builder.nodes = join_slices(builder.nodes, builder.values)
-    updates = optimizer.apply(builder, dict(zip(trained, gradients, strict=True)), parts)
+    updates = optimizer.apply(builder, dict(zip(trained, gradients, strict=True)), parts, rates)
     return builder.graph({"loss": loss}, updates)
 
 
-def _predict(model: Model, trained: list[str], parts: Mapping[str, Part]) -> Graph:
+def predict_graph(
+    model: Model, trained: Sequence[str] = (), parts: Mapping[str, Part] | None = None
+) -> Graph:
+    """The forward program alone; `trained` are its parameters, all others constants."""
     prepared = prepare(model, None)
     function = prepared.module[ENTRY]
     builder = GraphBuilder("predict")
-    env = _sources(builder, model, prepared, function, trained, parts)
+    env = _sources(builder, model, prepared, function, trained, parts or {})
     converter = Converter(builder, env)
     return builder.graph({"output": converter.run(function)}, {})
 
@@ -86,7 +97,7 @@ def _sources(
     model: Model,
     prepared: Prepared,
     function: Any,
-    trained: list[str],
+    trained: Sequence[str],
     parts: Mapping[str, Part],
 ) -> dict[Any, str]:
     """Declare inputs, tensors that learn and frozen ones; the function's variables by name."""

@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pocktvm.autodiff.partial import put_part, take_parts
+from pocktvm.autodiff.partial import put_part, take_parts, take_rates
 from pocktvm.autodiff.to_graph import GraphBuilder
 from pocktvm.errors import PockError
 from pocktvm.ir.graph import Param
 from pocktvm.ir.options import parse_options
 from pocktvm.ir.part import Part
+from pocktvm.ir.rates import Rates
 
 
 class _Maths:
@@ -28,6 +29,7 @@ class _Maths:
         self.builder = builder
         self.tensor = tensor
         self.value = value or tensor
+        self.lr = "lr"  # or a tensor of rates, where they are an input (ir/rates.py)
         self.layer = tensor.rpartition(".")[0]
 
     def __call__(self, op: str, *args: str | float) -> str:
@@ -50,7 +52,7 @@ class _Maths:
         """parameter * (1 - lr * weight_decay)."""
         if not weight_decay:
             return self.value
-        factor = self("subtract", 1.0, self("multiply", "lr", weight_decay))
+        factor = self("subtract", 1.0, self("multiply", self.lr, weight_decay))
         return self("multiply", self.value, factor)
 
     def mix(self, old: str, new: str, beta: float) -> str:
@@ -88,15 +90,19 @@ class Optimizer:
         builder: GraphBuilder,
         gradients: Mapping[str, str],
         parts: Mapping[str, Part] | None = None,
+        rates: Rates | None = None,
     ) -> dict[str, str]:
         """Append every update; parameter or state -> the value that replaces it. Of a tensor in
-        `parts` only that slice is updated."""
+        `parts` only that slice is updated; with `rates` each has factors of its own to lr."""
         builder.scalar("lr")
         updates: dict[str, str] = {}
         gradients, slices = take_parts(builder, gradients, parts or {})
         for tensor, grad in self._clipped(builder, gradients).items():
             value = slices.get(tensor, tensor)
-            made = self.update(_Maths(builder, tensor, value), value, grad)
+            maths = _Maths(builder, tensor, value)
+            if rates is not None:
+                maths.lr = maths("multiply", "lr", take_rates(builder, rates, tensor))
+            made = self.update(maths, value, grad)
             if parts and tensor in parts:
                 made[tensor] = put_part(builder, tensor, parts[tensor], made.pop(value))
             updates |= made
@@ -162,7 +168,7 @@ class SGD(Optimizer):
             moved = m("add", m("multiply", buffer, self.momentum), d)
             updates[buffer] = moved
             d = m("add", d, m("multiply", moved, self.momentum)) if self.nesterov else moved
-        return {tensor: m("subtract", tensor, m("multiply", "lr", d)), **updates}
+        return {tensor: m("subtract", tensor, m("multiply", m.lr, d)), **updates}
 
 
 class Adam(Optimizer):
@@ -198,7 +204,7 @@ class Adam(Optimizer):
         square = m("add", m("multiply", second, beta2), square)
         root = m("divide", m("sqrt", square), m("sqrt", c2))
         ratio = m("divide", mean, m("add", root, self.eps))
-        moved = m("subtract", start, m("multiply", ratio, m("divide", "lr", c1)))
+        moved = m("subtract", start, m("multiply", ratio, m("divide", m.lr, c1)))
         return {tensor: moved, first: mean, second: square}
 
 
@@ -250,7 +256,7 @@ class Lion(Optimizer):
         def blend(beta: float) -> str:
             return m("add", m("multiply", state, beta), m("multiply", grad, 1.0 - beta))
 
-        step = m("multiply", "lr", m("sign", blend(beta1)))
+        step = m("multiply", m.lr, m("sign", blend(beta1)))
         moved = m("subtract", m.shrunk(self.weight_decay), step)
         return {tensor: moved, state: blend(beta2)}
 

@@ -1,4 +1,4 @@
-"""Tensors that learn in part: what the step does with the slice alone.
+"""Tensors that learn in part, or at rates of their own.
 
     w' = w - lr * dw      →   p = take(w);  p' = p - lr * take(dw);  w' = put(w, p')
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from pocktvm.autodiff.to_graph import GraphBuilder
 from pocktvm.ir.part import Part
+from pocktvm.ir.rates import RATES, Rates
 
 
 def take_parts(
@@ -39,6 +40,21 @@ def put_part(builder: GraphBuilder, tensor: str, part: Part, value: str) -> str:
         shape=whole.shape, role="gradient", layer=tensor.rpartition(".")[0],
         name=f"{tensor}:put", axis=part.axis,
     )  # fmt: skip
+
+
+def take_rates(builder: GraphBuilder, rates: Rates, tensor: str) -> str:
+    """The tensor's factors of the learning rate, as a tensor that broadcasts to it."""
+    slot = rates.slots[tensor]
+    layer, hint = tensor.rpartition(".")[0], f"{tensor}:rates"
+    cut = builder.node(
+        "strided_slice", RATES, shape=(slot.count,), role="gradient", layer=layer, name=hint,
+        begin=(slot.begin,), end=(slot.begin + slot.count,), strides=(1,),
+    )  # fmt: skip
+    if slot.shape == (slot.count,):
+        return cut
+    return builder.node(
+        "reshape", cut, shape=slot.shape, role="gradient", layer=layer, name=f"{hint}_view"
+    )
 
 
 def _take(builder: GraphBuilder, name: str, part: Part, hint: str) -> str:

@@ -14,7 +14,19 @@ from typing import Any
 import typer
 import typer.core
 
-from pocktvm.cli import build, deploy, doctor, evaluate, inspect, merge, report, run, targets, tune
+from pocktvm.cli import (
+    build,
+    deploy,
+    doctor,
+    evaluate,
+    inspect,
+    merge,
+    report,
+    run,
+    scheme,
+    targets,
+    tune,
+)
 from pocktvm.cli.crash import report_crash
 from pocktvm.errors import PockError
 
@@ -68,6 +80,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("merge")(merge.merge)
 app.command("report")(report.report)
+app.command("scheme")(scheme.scheme)
 app.command("tune")(tune.tune)
 app.command("deploy")(deploy.deploy)
 app.command("targets")(targets.targets)

@@ -47,6 +47,8 @@ def build(
     budget: Budget = None,
     threads: Annotated[int | None, typer.Option(min=1, help="default number of threads")] = None,
     dropout: Annotated[bool, typer.Option("--dropout", help="the step drops, seeded")] = False,
+    data: Annotated[Path | None, typer.Option(help="samples, for --scheme auto")] = None,
+    analysis: Annotated[Path | None, typer.Option(help="table of `pocktvm scheme`")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="the artifact's folder")] = None,
     force: Annotated[bool, typer.Option(help="build even when up to date")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
@@ -55,15 +57,16 @@ def build(
     wanted: dict[str, Any] = {
         "model": model, "scheme": scheme, "batch": batch, "loss": loss, "optimizer": optimizer,
         "lr": lr, "budget": budget, "threads": threads, "dropout": dropout,
+        "analysis": analysis,
     }  # fmt: skip
-    device = _check(target, scheme, weights)
+    device = _check(target, scheme, weights, data or analysis)
     folder = out or Path("build") / device.name / model_name(model)
-    files = [*_files(model, scheme, weights), *_records(device)]
+    files = [*_files(model, scheme, weights, data, analysis), *_records(device)]
     key = fingerprint({**wanted, "target": device}, files)
     current = not force and is_current(folder, key)
     if not current:
         started = time.monotonic()
-        _compile(wanted, device, weights, folder)
+        _compile(wanted, device, weights, data, folder)
         _stamp(folder, key, round(time.monotonic() - started, 2))
     facts = {**summary(folder, read_manifest(folder)), "up_to_date": current}
     if as_json:
@@ -83,23 +86,30 @@ def model_name(spec: str) -> str:
     return Path(spec.partition(":")[0]).stem.lower().replace("_", "-")
 
 
-def _check(target: str, scheme: str, weights: Path | None) -> Target:
+def _check(target: str, scheme: str, weights: Path | None, samples: Path | None) -> Target:
     """Everything that can be refused before torch is imported."""
     from pocktvm.ir.scheme import Scheme
     from pocktvm.targets import load_target
 
     device = load_target(target)
-    Scheme.parse(scheme)
+    wanted = Scheme.parse(scheme)
+    if samples is None and (wanted.name == "auto" or wanted.needs_data):
+        raise PockError(
+            f"the scheme '{wanted}' is chosen on your data: give --data F"
+            + (", or --analysis FILE of `pocktvm scheme`." if wanted.name == "auto" else ".")
+        )
     if weights is not None and not weights.is_file():
         raise PockError(f"no weights at {weights}: --weights takes a safetensors file")
     return device
 
 
-def _files(model: str, scheme: str, weights: Path | None) -> list[Path]:
+def _files(model: str, scheme: str, *others: Path | None) -> list[Path]:
     """The user's files a build reads."""
     source = model.rpartition(":")[0] if ".py:" in model else model
-    names = [source, scheme if scheme.endswith(".toml") else "", str(weights or "")]
-    return [Path(n).resolve() for n in names if n and Path(n).is_file()]
+    names = [source, scheme if scheme.endswith(".toml") else ""]
+    names += [str(other) for other in others if other is not None]
+    folders = [p for n in names if n and Path(n).is_dir() for p in sorted(Path(n).glob("*.npy"))]
+    return [Path(n).resolve() for n in names if n and Path(n).is_file()] + folders
 
 
 def _records(target: Target) -> list[Path]:
@@ -109,13 +119,16 @@ def _records(target: Target) -> list[Path]:
     return sorted((logs_dir() / target.name).glob("*.json"))
 
 
-def _compile(wanted: dict[str, Any], target: Target, weights: Path | None, folder: Path) -> None:
+def _compile(
+    wanted: dict[str, Any], target: Target, weights: Path | None, data: Path | None, folder: Path
+) -> None:
     """Import, compile, write; the folder appears whole or not at all."""
     with Progress() as bar:
         bar("load the compiler")
         from pocktvm.autodiff.losses import parse_loss
         from pocktvm.autodiff.optimizers import parse_optimizer
         from pocktvm.compiler import compile as compile_model
+        from pocktvm.data import read_data
         from pocktvm.frontend.resolve import resolve_model
 
         if wanted["loss"] is not None:
@@ -139,6 +152,8 @@ def _compile(wanted: dict[str, Any], target: Target, weights: Path | None, folde
             published=source.scheme,
             mean=source.mean,
             scale=source.scale,
+            samples=None if data is None else read_data(data),
+            analysis=wanted["analysis"],
             out=folder,
             progress=bar,
         )

@@ -9,6 +9,7 @@ caller's data. A depthwise convolution has one side: its channels are both.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,11 +107,12 @@ def ranks_by_activation(value: Any) -> bool:
 
 
 def choose(
-    parameter: Parameter, axes: Axes, value: Any, activity: np.ndarray | None = None
+    parameter: Parameter, axes: Axes, value: Any, activity: Mapping[str, np.ndarray] | None = None
 ) -> float:
     """The part of `parameter` that a normal value names; 1.0 where that is all of it.
 
-    `activity`: one number for each input channel, how much it carries on the caller's data.
+    `activity`: by side ("in", "out"), one number for each channel, how much it carries on the
+    caller's data.
     Raises PockError for an index the tensor does not have, and without the activity a ranking
     needs.
     """
@@ -118,7 +120,7 @@ def choose(
     assert wanted is not None, value
     if not shape:
         return 1.0
-    axis, unit, groups = _side(shape, axes, wanted.side)
+    axis, unit, groups = side_of(shape, axes, wanted.side)
     extent = shape[axis]
     count = extent // unit
     if wanted.indices:
@@ -140,8 +142,9 @@ def choose(
 _WORDS = {"in": "input", "out": "output"}
 
 
-def _side(shape: tuple[int, ...], axes: Axes, side: str) -> tuple[int, int, int]:
-    """(axis, rows a channel has there, groups that must give equally many)."""
+def side_of(shape: tuple[int, ...], axes: Axes, side: str) -> tuple[int, int, int]:
+    """Where a side's channels lie: axis, rows a channel has there, and the number of groups that
+    must give equally many."""
     if len(shape) == 1:
         return 0, 1, 1
     if axes.groups > 1 and shape[axes.inputs] == 1:  # depthwise: both sides are the groups
@@ -157,7 +160,11 @@ def _multiplied(shape: tuple[int, ...], axes: Axes) -> bool:
 
 
 def _scores(
-    parameter: Parameter, axis: int, unit: int, wanted: Wanted, activity: np.ndarray | None
+    parameter: Parameter,
+    axis: int,
+    unit: int,
+    wanted: Wanted,
+    activity: Mapping[str, np.ndarray] | None,
 ) -> np.ndarray:
     """One number a channel; the larger, the sooner it is chosen."""
     if wanted.ranking == "activation":
@@ -167,12 +174,13 @@ def _scores(
                 "data to see them on.\n  Give the build samples (--data F), or rank by magnitude."
             )
         count = parameter.value.shape[axis] // unit
-        if len(activity) % count:
+        carried = activity[wanted.side]
+        if len(carried) % count:
             raise PockError(
-                f"scheme: the {len(activity)} channels in front of '{parameter.name}' are not its "
+                f"scheme: the {len(carried)} channels around '{parameter.name}' are not its "
                 f"{count}; rank it by magnitude."
             )
-        return activity.reshape(-1, count).sum(axis=0)
+        return carried.reshape(-1, count).sum(axis=0)
     others = tuple(i for i in range(parameter.value.ndim) if i != axis)
     squares = np.square(parameter.value.astype(np.float64)).sum(axis=others)
     return squares.reshape(-1, unit).sum(axis=1)

@@ -256,12 +256,12 @@ def _match(mapping: Mapping[str, Any], model: Model, label: str) -> dict[str, An
             shift for conv, shift in model.shifts.items() if fnmatchcase(_bias_of(conv), pattern)
         ]
         if not hits:
-            raise PockError(_no_match(pattern, model, label))
+            raise PockError(no_match(pattern, model, label))
         wanted |= dict.fromkeys(hits, value)
     return wanted
 
 
-def _no_match(pattern: str, model: Model, label: str) -> str:
+def no_match(pattern: str, model: Model, label: str) -> str:
     names = [n for name, p in model.parameters.items() for n in (name, *p.aliases)]
     bare = pattern.replace("*", "")
     near = difflib.get_close_matches(bare, names, n=3, cutoff=0.0)

@@ -31,9 +31,11 @@ class Entry:
     begin: int
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors sorted by name; the same tensors give the same bytes."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     at = 0
     for name in sorted(tensors):
         array = tensors[name]
@@ -65,6 +67,13 @@ def read_index(path: Path) -> dict[str, Entry]:
         if entry.begin + entry.dtype.itemsize * math.prod(entry.shape) > size:
             raise PockError(f"{path} is truncated: tensor '{name}' ends behind the file's end")
     return index
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts beside the tensors of a file that `read_index` accepts."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return dict(header.get("__metadata__") or {})
 
 
 def read_tensor(path: Path, entry: Entry) -> np.ndarray:

@@ -1,0 +1,133 @@
+"""`pocktvm scheme`: which tensors, and which share of each, to train under a budget."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pocktvm.cli import options
+from pocktvm.cli.progress import Progress
+from pocktvm.errors import PockError
+from pocktvm.units import format_bytes
+
+if TYPE_CHECKING:
+    from pocktvm.search.auto import Found
+
+METHODS = ("finetune", "fisher", "grad-norm")
+Budget = Annotated[
+    int | None,
+    typer.Option(parser=options.size, metavar="SIZE", help="bound of total_bytes: 64MB, 64MiB"),
+]
+Time = Annotated[
+    float | None,
+    typer.Option(parser=options.seconds, metavar="TIME", help="bound of a step's time: 20ms"),
+]
+
+
+def scheme(
+    data: Annotated[Path, typer.Option(help="safetensors, npz, or a folder of npy")],
+    model: Annotated[str, typer.Argument(help="as for build")] = "mobilenetv2",
+    target: Annotated[str, typer.Option(help="a name of `pocktvm targets`, or a TOML")] = "host",
+    budget: Budget = None,
+    step_time: Time = None,
+    method: Annotated[str, typer.Option(help="finetune, fisher or grad-norm")] = "finetune",
+    only: Annotated[list[str] | None, typer.Option(help="patterns: weights that may learn")] = None,
+    minutes: Annotated[float, typer.Option(min=0.01, help="for all trials together")] = 10.0,
+    batch: Annotated[int | None, typer.Option(min=1, help="samples per step")] = None,
+    weights: Annotated[Path | None, typer.Option(help="safetensors, torch's names")] = None,
+    loss: Annotated[str | None, typer.Option(help="as for build")] = None,
+    optimizer: Annotated[str, typer.Option(help="as for build")] = "adam",
+    lr: Annotated[
+        float | None, typer.Option(parser=options.rate, metavar="X", help="of the trials")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="split and order of the samples")] = 0,
+    analysis: Annotated[Path | None, typer.Option(help="the table: gone on with, reused")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="scheme.toml to write")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
+) -> None:
+    """Measure what each tensor contributes on your data, and choose what fits the budget.
+
+    A run that was stopped goes on where it was; other budgets reuse the table.
+    """
+    if method not in METHODS:
+        raise typer.BadParameter(f"--method is one of {', '.join(METHODS)}, not '{method}'")
+    from pocktvm.data import read_data
+    from pocktvm.targets import load_target
+
+    device, arrays = load_target(target), read_data(data)
+    if out is not None and not out.absolute().parent.is_dir():
+        raise PockError(f"no folder {out.parent} to write {out.name} to")
+    with Progress() as bar:
+        bar("load the compiler")
+        from pocktvm.autodiff.losses import parse_loss
+        from pocktvm.autodiff.optimizers import parse_optimizer
+        from pocktvm.fit import Build
+        from pocktvm.frontend.resolve import resolve_model
+        from pocktvm.ir.scheme import Scheme
+        from pocktvm.search.analysis import Settings
+        from pocktvm.search.auto import search, to_toml
+
+        source = resolve_model(model, batch=batch, weights=weights)
+        named = {"name": source.name, "scheme": source.scheme}
+        build = Build(
+            source.module, source.example_inputs, Scheme.full(), parse_loss(loss or source.loss),
+            parse_optimizer(optimizer, lr), device,
+            {**named, "mean": source.mean, "scale": source.scale}, arrays,
+        )  # fmt: skip
+        found = search(
+            build, budget, analysis=analysis, step_seconds=step_time, progress=bar,
+            explore=True, settings=Settings(method, minutes, seed, only=tuple(only or ())),
+        )  # fmt: skip
+    if out is not None:
+        part = out.with_name(out.name + ".part")
+        part.write_text(to_toml(found, device.name, budget), encoding="utf-8")
+        os.replace(part, out)
+    facts = _facts(found, device.name, budget)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        _show(facts, out)
+
+
+def _facts(found: Found, target: str, budget: int | None) -> dict[str, Any]:
+    def point(choice: Any) -> dict[str, Any]:
+        return {
+            "gain": choice.gain, "total_bytes": choice.cost.total_bytes,
+            "arena_bytes": choice.cost.arena_bytes, "step_ms": 1e3 * found.seconds(choice),
+            "bias_depth": choice.depth, "weights": dict(choice.weights),
+        }  # fmt: skip
+
+    return {
+        "model": found.table.facts["model"], "target": target, "budget_bytes": budget,
+        "method": found.table.facts["method"], "analysis": str(found.table.path),
+        "trials": len(found.table.rows), "steps": found.table.facts["steps"],
+        "chosen": point(found.choice), "scheme": found.mapping(),
+        "frontier": [point(choice) for choice in found.frontier],
+    }  # fmt: skip
+
+
+def _show(facts: dict[str, Any], out: Path | None) -> None:
+    print(f"{facts['model']} for {facts['target']}: {facts['trials']} trials ({facts['method']})")
+    print("\nwhat no other planned scheme beats (step: modelled from this machine's pace)")
+    print(f"  {'gain':>9}  {'plan':>9}  {'step':>9}  biases of  weights")
+    most = float("-inf")
+    for point in facts["frontier"]:  # by bytes; --json has those that are only faster, too
+        mark = "*" if point == facts["chosen"] else " "
+        if mark == " " and point["gain"] <= most:
+            continue
+        most = max(most, point["gain"])
+        print(
+            f"{mark} {point['gain']:9.4f}  {format_bytes(point['total_bytes']):>9}  "
+            f"{point['step_ms']:6.1f} ms  {point['bias_depth']:>9}  {len(point['weights'])}"
+        )
+    chosen, budget = facts["chosen"], facts["budget_bytes"]
+    if budget is not None and chosen["total_bytes"] > budget:
+        print("note: with its code, which is estimated here, even this may not fit the budget")
+    print(f"\nchosen: biases of {chosen['bias_depth']} blocks, the classifier, and")
+    for name, share in chosen["weights"].items():
+        print(f"  {name}" + ("" if share == 1 else f"  ({share:g} of its input channels)"))
+    print(f"table: {facts['analysis']}" + (f"; scheme: {out}" if out else ""))

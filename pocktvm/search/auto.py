@@ -1,0 +1,143 @@
+"""From a model and data, or an analysis, to a scheme within a budget: what `--scheme auto` does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pocktvm.errors import PockError
+from pocktvm.ir.model import Model
+from pocktvm.ir.scheme import Scheme
+from pocktvm.search.candidates import Candidates, find_candidates
+from pocktvm.search.planner import Planner
+from pocktvm.search.select import Choice, Limits, Selector, check_smallest
+from pocktvm.search.table import Table
+from pocktvm.units import format_bytes
+
+Progress = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A search's result: the choice, the frontier it stands on, the table it came from."""
+
+    choice: Choice
+    frontier: list[Choice]
+    table: Table
+    candidates: Candidates
+
+    def seconds(self, choice: Choice) -> float:
+        """Modelled time of a step: its work at the pace measured on this machine."""
+        facts = self.table.facts
+        return float(facts["step_seconds"] * choice.cost.work / max(facts["full_work"], 1.0))
+
+    def mapping(self) -> dict[str, Any]:
+        """The scheme: tensor -> 1 or the share of its input channels."""
+        found = {}
+        for name in self.choice.updated:
+            share = self.choice.weights.get(name, 1.0)
+            found[name] = int(share) if share == 1 else share
+        return found
+
+
+def search(
+    build: Any,
+    limit: int | None,
+    *,
+    settings: Any = None,
+    analysis: str | Path | None = None,
+    step_seconds: float | None = None,
+    progress: Progress | None = None,
+    explore: bool = False,
+) -> Found:
+    """Analyse (`build.samples`) or read an analysis, and choose within `limit` bytes in all.
+
+    `step_seconds` bounds the modelled time of a step; `explore` plans smaller schemes, too, so that
+    the frontier shows what the budget buys. Raises PockError for a budget below the
+    smallest plan, before anything is measured, and for data no analysis can be made of.
+    """
+    from pocktvm.search.analysis import Settings, analyse, checked_samples
+
+    settings = settings or Settings()
+    full = replace(build, scheme=Scheme.full())
+    model, _ = full.resolve()
+    candidates = find_candidates(model, settings.only)
+    planner = Planner(model, build.loss, build.optimizer, build.target)
+    check_smallest(planner, candidates, Limits(limit))
+    if build.samples is None:
+        table = _finished(build, model, analysis)
+    else:
+        arrays = checked_samples(build, model, build.samples)
+        path = Path(analysis) if analysis else default_path(model, settings.method)
+        table = analyse(full, model, candidates, arrays, settings, path, progress)
+    exact = Planner(
+        model, build.loss, build.optimizer, build.target, float(table.facts["kernel_bytes"])
+    )
+    selector = Selector(table, candidates, exact, progress)
+    work = None
+    if step_seconds is not None:
+        work = step_seconds * table.facts["full_work"] / table.facts["step_seconds"]
+    choice = selector.best(Limits(limit, work))
+    if explore:
+        selector.explore(choice)
+    return Found(choice, selector.frontier(choice), table, candidates)
+
+
+def default_path(model: Model, method: str) -> Path:
+    """Where an analysis without a name of its own lies."""
+    return Path("build") / "analysis" / f"{model.name}-{method}.jsonl"
+
+
+def _finished(build: Any, model: Model, analysis: str | Path | None) -> Table:
+    """An analysis of this very model that needs no data any more."""
+    from pocktvm.search.analysis import SETTLED, Settings, describe
+
+    if analysis is None:
+        raise PockError(
+            "the scheme 'auto' is chosen from an analysis of your data, which this build was not "
+            "given.\n  Add --data F, or --analysis FILE of an earlier `pocktvm scheme`; or name "
+            "what learns (--scheme pockengine, bias:N, blocks:N or a TOML)."
+        )
+    table = Table.read(Path(analysis))
+    facts = describe(build, model, None, Settings())
+    # another batch or optimizer costs other bytes, which are planned anew; what helps stays
+    wrong = [k for k in ("parameters", "loss") if table.facts.get(k) != facts[k]]
+    if wrong:
+        raise PockError(
+            f"{analysis} analyses something else: it has {wrong[0]} = "
+            f"{table.facts.get(wrong[0])!r}, this build {facts[wrong[0]]!r}."
+        )
+    if not table.rows or any(key not in table.facts for key in SETTLED):
+        raise PockError(f"{analysis} is not finished: give --data F to go on with it.")
+    return table
+
+
+def automatic_scheme(
+    build: Any, limit: int | None, analysis: str | Path | None, progress: Progress | None
+) -> Scheme:
+    """The scheme `auto` stands for in this build."""
+    found = search(build, limit, analysis=analysis, progress=progress)
+    return Scheme(found.mapping(), name="auto")
+
+
+def to_toml(found: Found, target: str, limit: int | None) -> str:
+    """The chosen scheme as a file that `--scheme` reads."""
+    choice, facts = found.choice, found.table.facts
+    about = {
+        "model": facts["model"], "target": target, "method": facts["method"],
+        "optimizer": facts["optimizer"], "expected_gain": round(choice.gain, 6),
+        "plan_bytes": choice.cost.total_bytes,
+        **({} if limit is None else {"budget_bytes": limit}),
+    }  # fmt: skip
+    lines = ["[about]", *(f"{k} = {json.dumps(v)}" for k, v in about.items()), "", "[update]"]
+    lines += [f"{json.dumps(name)} = {share}" for name, share in found.mapping().items()]
+    return "\n".join(lines) + "\n"
+
+
+def told(choice: Choice) -> str:
+    """A choice in a few words."""
+    depth = "every bias" if choice.depth == "all" else f"biases of {choice.depth} blocks"
+    return f"{depth}, {len(choice.weights)} weights, {format_bytes(choice.cost.total_bytes)}"

@@ -1,0 +1,104 @@
+"""What a choice of tensors costs: the memory planner's bytes, and the work of a step.
+
+Bytes are those of the graphs a build of this choice would make (memory/estimate.py), differentiated
+and optimised; code is counted by kernel, at the size an analysis artifact's kernels have. Work is
+the multiply-adds of its products and convolutions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pocktvm import memory
+from pocktvm.autodiff.differentiate import differentiate, predict_graph
+from pocktvm.ir.graph import Graph, Node
+from pocktvm.ir.model import Model
+from pocktvm.ir.ops import VIEWS
+from pocktvm.ir.part import Part
+from pocktvm.ir.target import Target
+from pocktvm.passes import run_passes
+
+CONVS = ("conv2d", "conv2d_input_grad", "conv2d_weight_grad")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one choice: bytes of the whole plan and of its arena, multiply-adds of a step."""
+
+    total_bytes: int
+    arena_bytes: int
+    work: float
+
+
+class Planner:
+    """Plans choices of one model, each once. `kernel_bytes`: code of one kernel; 0 where it is not
+    known, and costs are from below."""
+
+    def __init__(
+        self, model: Model, loss: Any, optimizer: Any, target: Target, kernel_bytes: float = 0
+    ) -> None:
+        self.model, self.loss, self.optimizer, self.target = model, loss, optimizer, target
+        self.kernel_bytes = kernel_bytes
+        self._known: dict[Any, Cost] = {}
+
+    @property
+    def planned(self) -> int:
+        """How many choices were planned so far."""
+        return len(self._known)
+
+    def cost(self, updated: Mapping[str, float]) -> Cost:
+        """The cost of training `updated` (tensor -> share)."""
+        key = frozenset((n, p.indices if isinstance(p, Part) else 1) for n, p in updated.items())
+        if key not in self._known:
+            step, _ = differentiate(self.model, updated, self.loss, self.optimizer)
+            self._known[key] = cost_of(run_passes(step, self.target), self.kernel_bytes)
+        return self._known[key]
+
+    def activation_bytes(self) -> dict[str, int]:
+        """Weight -> bytes of the activation its gradient reads."""
+        graph = predict_graph(self.model, list(self.model.parameters))
+        makers = graph.producers()
+        found: dict[str, int] = {}
+        for node in graph.nodes:
+            if node.op in ("conv2d", "conv2d_input_grad", "matmul"):
+                name = node.inputs[1]
+                while (maker := makers.get(name)) is not None and len(maker.inputs) == 1:
+                    name = maker.inputs[0]
+                found[name] = found.get(name, 0) + graph.values[node.inputs[0]].nbytes
+        return found
+
+
+def cost_of(step: Graph, kernel_bytes: float = 0) -> Cost:
+    """The cost of an optimised step."""
+    plan = memory.estimate([step])
+    work = sum(multiply_adds(step, part) for n in step.nodes for part in n.kernel_nodes())
+    code = int(kernel_bytes * count_kernels(step))
+    return Cost(plan.total_bytes + code, plan.arena_bytes, work)
+
+
+def count_kernels(step: Graph) -> int:
+    """Distinct kernels of an optimised graph: nodes alike in operators and shapes share one."""
+
+    def alike(node: Node) -> Any:
+        shapes = tuple(step.values[n].shape for n in (*node.inputs, *node.outputs))
+        return tuple(n.op for n in node.kernel_nodes()), shapes
+
+    return len({alike(node) for node in step.nodes if node.op not in VIEWS})
+
+
+def multiply_adds(graph: Graph, node: Node) -> float:
+    """Of one product or convolution; anything else counts as nothing beside them."""
+    if node.op == "matmul":
+        out, a = graph.values[node.outputs[0]].shape, graph.values[node.inputs[0]].shape
+        return math.prod(out) * a[-2 if node.attrs.get("transpose_a") else -1]
+    if node.op not in CONVS:
+        return 0.0
+    # Every element of dy meets every weight of its output channel.
+    dy = node.outputs[0] if node.op == "conv2d" else node.inputs[node.op == CONVS[2]]
+    w = node.outputs[0] if node.op == CONVS[2] else node.inputs[1]
+    channel = 3 if node.attrs.get("layout") == "NHWC" else 1
+    outputs = graph.values[dy].shape[channel]
+    return graph.values[dy].size * graph.values[w].size / outputs

@@ -1,0 +1,208 @@
+"""The best choice of tensors under a budget.
+
+For each depth of bias training, which shares of which weights: an exact multiple-choice knapsack
+over the contributions (they are taken as additive, as PockEngine does) with modelled costs, whose
+capacity is then moved until the *planner's* bytes just fit. Every choice that was planned is a
+point; the frontier is what no other point beats in gain, bytes and work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from pocktvm.errors import PockError
+from pocktvm.search.candidates import Candidates
+from pocktvm.search.planner import Cost, Planner
+from pocktvm.search.table import Table
+from pocktvm.units import format_bytes
+
+BINS = 200  # of the knapsack's capacity
+ROUNDS = 6  # of moving it
+BETWEEN = (0.15, 0.4, 0.7)  # of the way from the smallest plan to the chosen one
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A planned scheme: what learns, what it is expected to gain, what it costs."""
+
+    depth: str
+    weights: Mapping[str, float]  # name -> share
+    updated: Mapping[str, float]
+    gain: float
+    cost: Cost
+
+    def beats(self, other: Choice) -> bool:
+        """At least as good in everything, better in something."""
+        mine = (-self.gain, self.cost.total_bytes, self.cost.work)
+        theirs = (-other.gain, other.cost.total_bytes, other.cost.work)
+        return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a choice may cost; None: anything."""
+
+    total_bytes: int | None = None
+    work: float | None = None
+
+    def hold(self, cost: Cost) -> bool:
+        """True when the cost is within them."""
+        return (self.total_bytes is None or cost.total_bytes <= self.total_bytes) and (
+            self.work is None or cost.work <= self.work
+        )
+
+
+def check_smallest(planner: Planner, candidates: Candidates, limits: Limits) -> None:
+    """PockError when even the classifier alone costs more than the limits."""
+    cost = planner.cost(candidates.head)
+    if limits.total_bytes is not None and cost.total_bytes > limits.total_bytes:
+        raise PockError(
+            f"the budget {format_bytes(limits.total_bytes)} is below the smallest plan: training "
+            f"the classifier alone needs {format_bytes(cost.total_bytes)} on "
+            f"{planner.target.name} (arena {format_bytes(cost.arena_bytes)}).\n"
+            "  Give it more, a smaller --batch, or a smaller input."
+        )
+    if limits.work is not None and cost.work > limits.work:
+        raise PockError(
+            "the time is below that of the smallest step, which trains the classifier alone.\n"
+            "  Give it more, a smaller --batch, or a smaller input."
+        )
+
+
+class Selector:
+    """Chooses from a table of contributions; `points` is every choice that was planned."""
+
+    def __init__(
+        self,
+        table: Table,
+        candidates: Candidates,
+        planner: Planner,
+        progress: Callable[[str, str], None] | None = None,
+    ) -> None:
+        self.table, self.candidates, self.planner = table, candidates, planner
+        self.progress = progress
+        self.points: list[Choice] = []
+        states = sum(s in str(planner.optimizer) for s in ("adam", "momentum", "nesterov", "lion"))
+        self._states = 2 if "adam" in str(planner.optimizer) else states
+        self._activations = planner.activation_bytes()
+
+    def best(self, limits: Limits) -> Choice:
+        """The choice with the largest gain within the limits; the classifier alone where nothing
+        fits (code is estimated: whether that fits is for the build to say)."""
+        found = [c for d in self._depths() if (c := self._at_depth(d, limits)) is not None]
+        found = found or [self._plan("0", {})]
+        return max(found, key=lambda c: (c.gain, -c.cost.total_bytes, -c.cost.work))
+
+    def explore(self, best: Choice) -> None:
+        """Plan choices between the smallest scheme and the best one, for the frontier."""
+        least = self._plan("0", {}).cost.total_bytes
+        most = best.cost.total_bytes
+        for share in BETWEEN:
+            if (bound := int(least + share * (most - least))) > least:
+                self.best(Limits(bound))
+
+    def frontier(self, chosen: Choice) -> list[Choice]:
+        """Planned choices that none beats, by bytes; of equals, `chosen`."""
+        points = [p for p in self.points if not any(q.beats(p) for q in self.points)]
+        unique = {(p.gain, p.cost): p for p in [*points, chosen]}
+        return sorted(unique.values(), key=lambda c: (c.cost.total_bytes, -c.gain))
+
+    def _depths(self) -> list[str]:
+        """Depths by what they could gain at most."""
+
+        def bound(depth: str) -> float:
+            best: dict[str, float] = {}
+            for name, _, gain in self._items(depth):
+                best[name] = max(gain, best.get(name, 0.0))
+            return self._bias_gain(depth) + sum(best.values())
+
+        return sorted(self.candidates.depths, key=bound, reverse=True)
+
+    def _bias_gain(self, depth: str) -> float:
+        row = self.table.rows.get(("bias", depth, 1.0))
+        return 0.0 if row is None else row.gain
+
+    def _items(self, depth: str) -> list[tuple[str, float, float]]:
+        """(weight, share, gain) a backward pass of that depth comes by, where there is a gain."""
+        return [
+            (row.name, row.share, row.gain)
+            for row in self.table.rows.values()
+            if row.kind == "weight"
+            and row.gain > 0
+            and row.name in self.candidates.weights
+            and self.candidates.reaches(depth, row.name)
+        ]
+
+    def _at_depth(self, depth: str, limits: Limits) -> Choice | None:
+        """The best choice of weights at a depth: capacity by bisection on the planner's answer."""
+        known = max((p.gain for p in self.points if limits.hold(p.cost)), default=-np.inf)
+        items = self._items(depth)
+        bare = self._plan(depth, {})
+        if not limits.hold(bare.cost):
+            return None
+        costs = [self._modelled(name, share) for name, share, _ in items]
+        everything = self._chosen(items, costs, sum(costs))
+        bound = bare.gain + sum(max(g for n, _, g in items if n == w) for w in everything)
+        if bound <= known:
+            return bare
+        best, low, high = bare, 0.0, float(sum(costs))
+        whole = self._plan(depth, everything)
+        if limits.hold(whole.cost):
+            return whole
+        for _ in range(ROUNDS):
+            middle = (low + high) / 2
+            choice = self._plan(depth, self._chosen(items, costs, middle))
+            if limits.hold(choice.cost):
+                low, best = middle, max(best, choice, key=lambda c: c.gain)
+            else:
+                high = middle
+        return best
+
+    def _modelled(self, name: str, share: float) -> float:
+        """Bytes, more or less: state and gradient, and the slice of the activation."""
+        nbytes = self.planner.model.parameters[name].value.size * 4
+        return share * (nbytes * (1 + self._states) + self._activations.get(name, 0))
+
+    def _chosen(
+        self, items: list[tuple[str, float, float]], costs: list[float], capacity: float
+    ) -> dict[str, float]:
+        """Weight -> share with the largest sum of gains within a capacity (dynamic programme)."""
+        unit = max(capacity / BINS, 1e-9)
+        names = list(dict.fromkeys(name for name, _, _ in items))
+        gains = np.zeros(BINS + 1)
+        picks: list[np.ndarray] = []
+        for name in names:
+            options = [i for i, item in enumerate(items) if item[0] == name]
+            new, pick = gains.copy(), np.full(BINS + 1, -1)
+            for i in options:
+                size = int(np.ceil(costs[i] / unit - 1e-9))
+                if size > BINS:
+                    continue
+                moved = np.full(BINS + 1, -np.inf)
+                moved[size:] = gains[: BINS + 1 - size] + items[i][2]
+                better = moved > new
+                new, pick = np.where(better, moved, new), np.where(better, i, pick)
+            gains = new
+            picks.append(pick)
+        chosen: dict[str, float] = {}
+        at = BINS
+        for pick in reversed(picks):
+            if (i := int(pick[at])) >= 0:
+                chosen[items[i][0]] = items[i][1]
+                at -= int(np.ceil(costs[i] / unit - 1e-9))
+        return chosen
+
+    def _plan(self, depth: str, weights: Mapping[str, float]) -> Choice:
+        updated = dict(self.candidates.biases(depth))
+        updated |= {name: self.candidates.part(name, share) for name, share in weights.items()}
+        gains = [self.table.rows[("weight", *item)].gain for item in weights.items()]
+        gain = math.fsum([self._bias_gain(depth), *gains])  # the same in any order
+        if self.progress:
+            self.progress("plan schemes", f"{self.planner.planned + 1}")
+        choice = Choice(depth, dict(weights), updated, gain, self.planner.cost(updated))
+        self.points.append(choice)
+        return choice

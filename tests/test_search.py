@@ -1,0 +1,363 @@
+"""The search: contributions measured once, choices that fit the planner, bad input told."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from test_channels import KINDS, assert_slices_equal, kinds, parts_of, torch_slices
+from typer.testing import CliRunner
+
+import pocktvm
+from pocktvm.autodiff.losses import parse_loss
+from pocktvm.autodiff.optimizers import parse_optimizer
+from pocktvm.cli.app import app
+from pocktvm.errors import PockError
+from pocktvm.fit import Build
+from pocktvm.frontend.resolve import resolve_model
+from pocktvm.frontend.source import import_model
+from pocktvm.ir.rates import Rates
+from pocktvm.ir.scheme import Scheme
+from pocktvm.search.activity import measure_activity
+from pocktvm.search.analysis import checked_samples
+from pocktvm.search.auto import search
+from pocktvm.search.candidates import find_candidates
+from pocktvm.search.planner import Planner
+from pocktvm.search.select import Limits, Selector
+from pocktvm.search.table import Row, Table
+from pocktvm.targets import load_target
+
+MLP = "mlp:inputs=20,hidden=24,depth=4,classes=5"
+CNN = "cnn:channels=8,depth=3,image=12,classes=5"
+
+
+def clouds(count=200, seed=0, classes=5):
+    """Points of five clouds: learnable in a few steps."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, count)
+    centres = np.random.default_rng(7).standard_normal((5, 20))
+    return (centres[labels] + 0.5 * rng.standard_normal((count, 20))).astype(np.float32), labels
+
+
+@pytest.fixture
+def data(tmp_path):
+    x, y = clouds()
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    return tmp_path / "data.npz"
+
+
+def build_of(spec, optimizer="adam", samples=None, batch=8):
+    source = resolve_model(spec, batch=batch)
+    return Build(
+        source.module, source.example_inputs, Scheme.full(), parse_loss("cross_entropy"),
+        parse_optimizer(optimizer), load_target("host"), {"name": source.name}, samples,
+    )  # fmt: skip
+
+
+# Rates -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.build
+def test_rates_of_an_artifact_that_trains_all_are_a_scheme():
+    module, inputs, labels = kinds()
+    scheme = {k: v for k, v in KINDS.items() if not str(v).startswith("out") and k != "norm.weight"}
+    scheme["fc.bias"] = 1
+    model, updated = parts_of(module, inputs, scheme)
+    rates = Rates.of(model, Scheme.full().resolve(model))
+    artifact = pocktvm.compile(
+        module, inputs, rates=True, optimizer=pocktvm.SGD(lr=0.05, momentum=0.9, weight_decay=0.1)
+    )
+    with artifact.load() as trainer:
+        for _ in range(4):
+            trainer.step(inputs[0].numpy(), labels.numpy(), rates.vector(updated))
+        state = trainer.state_dict()
+
+    def make(parameters):
+        return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.1)
+
+    _, theirs, start = torch_slices(module, inputs, labels, updated, make)
+    assert_slices_equal(state, theirs, start, updated)
+
+
+def test_rates_tell_no_part_of_another_axis():
+    module, inputs, _ = kinds()
+    model, updated = parts_of(module, inputs, {"fc.weight": "out:0.4"})
+    with pytest.raises(ValueError, match="axis"):
+        Rates.of(model, Scheme.full().resolve(model)).vector(updated)
+
+
+# Activity ----------------------------------------------------------------------------------------
+
+
+def test_activity_is_the_mean_square_of_each_channel():
+    module, (x,), _ = kinds()
+    model = import_model(module, (x,))
+    found = measure_activity(model, {next(iter(model.inputs)): x.numpy()})
+    np.testing.assert_allclose(
+        found["plain.weight"]["in"], x.square().mean((0, 2, 3)), rtol=1e-5
+    )
+    y = module.plain(x) - module.plain.bias.reshape(-1, 1, 1)
+    np.testing.assert_allclose(
+        found["plain.weight"]["out"], y.square().mean((0, 2, 3)).detach(), rtol=1e-4
+    )
+    assert found["fc.weight"]["in"].shape == (10,) and found["fc.weight"]["out"].shape == (5,)
+
+
+def test_a_build_ranks_channels_by_what_they_carry():
+    build = build_of(CNN)
+    quiet = np.random.default_rng(0).standard_normal((16, 3, 12, 12)).astype(np.float32)
+    quiet[:, 1] = 0
+    name = next(n for n in Scheme.full().resolve(build.resolve()[0]))
+    scheme = Scheme({name: "activation:0.67"})
+    samples = {next(iter(build.resolve()[0].inputs)): quiet}
+    _, updated = Build(
+        build.module, build.example_inputs, scheme, build.loss, build.optimizer, build.target,
+        build.options, samples,
+    ).resolve()  # fmt: skip
+    assert updated[name].indices == (0, 2)
+
+
+# Choosing ----------------------------------------------------------------------------------------
+
+
+def made_up(tmp_path, candidates, gains):
+    table = Table.open(tmp_path / "t.jsonl", {"full_work": 1.0, "step_seconds": 1.0}, ())
+    for key in candidates.keys((1.0, 0.5, 0.25)):
+        table.add(Row(*key, gains(key)))
+    return table
+
+
+def test_the_choice_is_the_best_of_all_that_fit(tmp_path):
+    """Against every combination of weights and shares, planned one by one."""
+    build = build_of("mlp:inputs=20,hidden=24,depth=3,classes=5")
+    model, _ = build.resolve()
+    candidates = find_candidates(model, ["blocks.*.weight"])
+    rng = np.random.default_rng(3)
+    base = {n: rng.uniform(0.1, 1) for n in candidates.weights}
+    table = made_up(
+        tmp_path, candidates,
+        lambda key: 0.05 * int(key[1]) if key[0] == "bias" and key[1] != "all"
+        else base.get(key[1], 0.0) * key[2] ** 0.5,
+    )  # fmt: skip
+    planner = Planner(model, build.loss, build.optimizer, build.target)
+    everything = []
+    for shares in itertools.product((0, 0.25, 0.5, 1.0), repeat=len(candidates.weights)):
+        weights = {n: s for n, s in zip(candidates.weights, shares, strict=True) if s}
+        depth = max(
+            (d for d in candidates.depths if d != "all"),
+            key=lambda d: (-all(candidates.reaches(d, n) for n in weights), int(d)),
+        )
+        for depth in candidates.depths:
+            if depth == "all" or not all(candidates.reaches(depth, n) for n in weights):
+                continue
+            updated = {**candidates.biases(depth)}
+            updated |= {n: candidates.part(n, s) for n, s in weights.items()}
+            gain = 0.05 * int(depth) + sum(base[n] * s**0.5 for n, s in weights.items())
+            everything.append((gain, planner.cost(updated).total_bytes))
+    low, high = min(b for _, b in everything), max(b for _, b in everything)
+    for share in (0.0, 0.3, 0.6, 1.0):
+        limit = int(low + share * (high - low))
+        choice = Selector(table, candidates, planner).best(Limits(limit))
+        assert choice.cost.total_bytes <= limit
+        best = max(gain for gain, nbytes in everything if nbytes <= limit)
+        assert choice.gain >= 0.93 * best, (share, choice.gain, best)
+
+
+def test_nothing_on_the_frontier_beats_another(tmp_path):
+    build = build_of(MLP)
+    model, _ = build.resolve()
+    candidates = find_candidates(model)
+    table = made_up(tmp_path, candidates, lambda key: 0.1 * key[2] if key[0] == "weight" else 0.02)
+    selector = Selector(
+        table, candidates, Planner(model, build.loss, build.optimizer, build.target)
+    )
+    choice = selector.best(Limits())
+    selector.explore(choice)
+    points = selector.frontier(choice)
+    assert choice in points and len(points) >= 3
+    assert not any(a.beats(b) for a in points for b in points)
+    assert all(p.gain <= choice.gain for p in points)
+
+
+def test_a_contribution_that_hurts_is_not_chosen(tmp_path):
+    build = build_of(MLP)
+    model, _ = build.resolve()
+    candidates = find_candidates(model)
+    table = made_up(tmp_path, candidates, lambda key: -1.0)
+    planner = Planner(model, build.loss, build.optimizer, build.target)
+    choice = Selector(table, candidates, planner).best(Limits())
+    assert (choice.depth, choice.weights) == ("0", {})
+
+
+# The table ---------------------------------------------------------------------------------------
+
+
+def test_a_torn_line_is_dropped_and_the_rest_kept(tmp_path):
+    path = tmp_path / "a" / "t.jsonl"
+    table = Table.open(path, {"model": "m", "steps": 3}, ("steps",))
+    table.add(Row("bias", "1", 1.0, 0.5))
+    table.add(Row("weight", "w", 0.5, 0.25))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"kind": "wei')
+    again = Table.open(path, {"model": "m", "steps": 9}, ("steps",))
+    assert again.rows == table.rows and again.facts["steps"] == 3
+    assert path.read_bytes() == whole
+    with pytest.raises(PockError, match="something else"):
+        Table.open(path, {"model": "other"}, ())
+    path.write_text("{}\n")
+    with pytest.raises(PockError, match="no analysis"):
+        Table.read(path)
+
+
+# End to end --------------------------------------------------------------------------------------
+
+
+def run(*arguments):
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    return done, done.output + (done.stderr if done.stderr_bytes else "")
+
+
+@pytest.mark.build
+@pytest.mark.parametrize("method", ["finetune", "fisher", "grad-norm"])
+def test_scheme_then_build(tmp_path, data, method):
+    table, toml = tmp_path / "t.jsonl", tmp_path / "s.toml"
+    common = ("--data", data, "--method", method, "--minutes", 0.05, "--lr", 0.01)
+    done, text = run("scheme", MLP, *common, "--analysis", table, "-o", toml, "--json")
+    assert done.exit_code == 0, text
+    facts = json.loads(done.stdout)
+    assert facts["trials"] == 5 + 4 * 4 or facts["trials"] == len(table.read_text().split()) - 1
+    assert facts["chosen"] in facts["frontier"]
+    assert Scheme.from_toml(toml).mapping == facts["scheme"]
+    limit = (facts["chosen"]["total_bytes"] + facts["frontier"][0]["total_bytes"]) // 2
+    before = table.read_bytes()
+    done, text = run("scheme", MLP, *common, "--analysis", table, "--budget", limit, "--json")
+    assert done.exit_code == 0 and table.read_bytes() == before  # other budgets: no new trials
+    smaller = json.loads(done.stdout)["chosen"]
+    assert smaller["total_bytes"] <= limit < facts["chosen"]["total_bytes"]
+    done, text = run(
+        "build", MLP, "--scheme", "auto", "--analysis", table, "--budget", limit,
+        "--optimizer", "adam", "-o", tmp_path / "artifact", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, text
+    built = json.loads(done.stdout)
+    assert built["scheme"] == "auto" and built["plan"]["total_bytes"] <= limit
+    assert set(smaller["weights"]) <= set(built["updated"])
+
+
+@pytest.mark.build
+def test_a_stopped_analysis_goes_on_and_ends_the_same(tmp_path):
+    x, y = clouds()
+    build, path = build_of(MLP, samples={"x": x, "y": y}), tmp_path / "t.jsonl"
+    seen = []
+
+    def stop_after_five(stage, detail=""):
+        seen.append(stage)
+        if seen.count("try candidates") == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(build, None, analysis=path, progress=stop_after_five)
+    kept = Table.read(path).rows
+    assert len(kept) == 5
+    tried = []
+    found = search(build, None, analysis=path, progress=lambda s, d="": tried.append((s, d)))
+    assert not any(stage == "compile kernels" for stage, _ in tried)  # the artifact was kept
+    assert next(d.partition(",")[0] for s, d in tried if s == "try candidates") == "6/21"
+    assert len(found.table.rows) == 21
+    assert all(found.table.rows[key] == row for key, row in kept.items())
+    whole = search(build, None, analysis=tmp_path / "other.jsonl").table.rows
+    for key, row in found.table.rows.items():  # unless the pace, thus the steps, came out otherwise
+        if found.table.facts["steps"] == Table.read(tmp_path / "other.jsonl").facts["steps"]:
+            assert whole[key].gain == row.gain
+
+
+@pytest.mark.slow
+def test_a_killed_analysis_goes_on(tmp_path):
+    x, y = clouds(2000)
+    np.savez(tmp_path / "data.npz", x=np.tile(x.reshape(2000, 1, 20), (1, 3, 30)).reshape(
+        2000, 3, 20, 30)[:, :, :12, :12], y=y)  # fmt: skip
+    table = tmp_path / "killed.jsonl"
+    command = [
+        sys.executable, "-m", "pocktvm", "scheme", CNN, "--data", str(tmp_path / "data.npz"),
+        "--minutes", "2", "--analysis", str(table), "--json",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for _ in range(30000):
+        if table.is_file() and table.read_bytes().count(b"\n") >= 4:
+            break
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    kept = Table.read(table).rows
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = Table.read(table).rows
+    assert 3 <= len(kept) < len(rows) == json.loads(done.stdout)["trials"]
+    assert all(rows[key] == row for key, row in kept.items())
+
+
+@pytest.mark.build
+def test_compile_takes_samples_for_auto(tmp_path):
+    x, y = clouds()
+    source = resolve_model(MLP, batch=8)
+    artifact = pocktvm.compile(
+        source.module, source.example_inputs, scheme="auto", samples={"x": x, "y": y},
+        optimizer=pocktvm.SGD(lr=0.05), analysis=tmp_path / "t.jsonl",
+    )  # fmt: skip
+    assert {"fc.weight", "fc.bias"} <= set(artifact.updated)
+    with artifact.load() as trainer:
+        first = trainer.step(x[:8], y[:8])
+        assert [trainer.step(x[:8], y[:8]) for _ in range(5)][-1] < first
+
+
+# Bad input ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, ("--budget", "10kB"), "below the smallest plan"),
+        ({}, ("--only", "blocks.9.weight"), "matches none"),
+        ({"x": np.zeros((40, 7), np.float32)}, (), "shape"),
+        ({"y": np.zeros(200, np.int64)}, (), "one class"),
+        ({"x": np.zeros((0, 20), np.float32), "y": np.zeros(0, np.int64)}, (), "0 samples"),
+        ({"x": np.zeros((9, 20), np.float32), "y": np.arange(9) % 2}, (), "9 samples"),
+        ({"y": np.full(200, 99)}, (), "99"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_1(tmp_path, change, options, message):
+    x, y = clouds()
+    np.savez(tmp_path / "bad.npz", **({"x": x, "y": y} | change))
+    done, text = run("scheme", MLP, "--data", tmp_path / "bad.npz", *options)
+    assert done.exit_code == 1, text
+    assert message in text and len(text.splitlines()) <= 25
+    assert "Traceback" not in text
+
+
+def test_missing_data_and_wrong_words(tmp_path, data):
+    done, text = run("scheme", MLP, "--data", tmp_path / "none.npz")
+    assert done.exit_code == 1 and "no data at" in text
+    assert run("scheme", MLP)[0].exit_code == 2
+    assert run("scheme", MLP, "--data", data, "--method", "guess")[0].exit_code == 2
+    assert run("scheme", MLP, "--data", data, "--budget", "lots")[0].exit_code == 2
+    done, text = run("build", MLP, "--scheme", "auto")
+    assert done.exit_code == 1 and "--data" in text
+    done, text = run("build", MLP, "--scheme", '{"fc.weight": "activation:0.5"}')
+    assert done.exit_code == 1 and "--data" in text
+    (tmp_path / "t.jsonl").write_text("what\n")
+    done, text = run("build", MLP, "--scheme", "auto", "--analysis", tmp_path / "t.jsonl")
+    assert done.exit_code == 1 and "no analysis" in text
+
+
+def test_samples_of_two_batches_are_enough():
+    build = build_of(MLP)
+    model, _ = build.resolve()
+    x, y = clouds(16)
+    assert set(checked_samples(build, model, {"x": x, "y": y})) == {"x", "y"}
