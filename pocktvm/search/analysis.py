@@ -32,6 +32,7 @@ from pocktvm.search.bench import Bench
 from pocktvm.search.candidates import SHARES, Candidates, Key
 from pocktvm.search.planner import cost_of, count_kernels
 from pocktvm.search.table import Row, Table, digest
+from pocktvm.targets import load_target
 
 METHODS = ("finetune", "fisher", "grad-norm")
 STEPS = (8, 60)  # of a trial, at least and at most
@@ -172,8 +173,8 @@ def _open(
     )  # fmt: skip
     plan = trainer.plan
     code = plan.total_bytes - plan.arena_bytes - plan.by_class.get("frozen", 0)
-    measured = {"full_work": cost_of(step).work, "kernel_bytes": code / count_kernels(step)}
-    return bench, measured
+    work = cost_of(step, load_target("host")).work
+    return bench, {"full_work": work, "kernel_bytes": code / count_kernels(step)}
 
 
 def _options(build: Build) -> dict[str, Any]:

@@ -28,11 +28,11 @@ class Found:
     frontier: list[Choice]
     table: Table
     candidates: Candidates
+    pace: float  # modelled seconds per second of the roofline
 
     def seconds(self, choice: Choice) -> float:
-        """Modelled time of a step: its work at the pace measured on this machine."""
-        facts = self.table.facts
-        return float(facts["step_seconds"] * choice.cost.work / max(facts["full_work"], 1.0))
+        """Modelled time of a step: its roofline, for this machine at the pace measured here."""
+        return choice.cost.work * self.pace
 
     def mapping(self) -> dict[str, Any]:
         """The scheme: tensor -> 1 or the share of its input channels."""
@@ -77,13 +77,14 @@ def search(
         model, build.loss, build.optimizer, build.target, float(table.facts["kernel_bytes"])
     )
     selector = Selector(table, candidates, exact, progress)
-    work = None
-    if step_seconds is not None:
-        work = step_seconds * table.facts["full_work"] / table.facts["step_seconds"]
+    pace = 1.0
+    if build.target.is_host:
+        pace = float(table.facts["step_seconds"] / table.facts["full_work"])
+    work = None if step_seconds is None else step_seconds / pace
     choice = selector.best(Limits(limit, work))
     if explore:
         selector.explore(choice)
-    return Found(choice, selector.frontier(choice), table, candidates)
+    return Found(choice, selector.frontier(choice), table, candidates, pace)
 
 
 def default_path(model: Model, method: str) -> Path:

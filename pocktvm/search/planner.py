@@ -2,12 +2,11 @@
 
 Bytes are those of the graphs a build of this choice would make (memory/estimate.py), differentiated
 and optimised; code is counted by kernel, at the size an analysis artifact's kernels have. Work is
-the multiply-adds of its products and convolutions.
+a step's time by the roofline of passes/costs.py.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +18,14 @@ from pocktvm.ir.model import Model
 from pocktvm.ir.ops import VIEWS
 from pocktvm.ir.part import Part
 from pocktvm.ir.target import Target
+from pocktvm.levers import shrunk
 from pocktvm.passes import run_passes
-
-CONVS = ("conv2d", "conv2d_input_grad", "conv2d_weight_grad")
+from pocktvm.passes.costs import seconds
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one choice: bytes of the whole plan and of its arena, multiply-adds of a step."""
+    """Of one choice: bytes of the whole plan and of its arena, roofline seconds of a step."""
 
     total_bytes: int
     arena_bytes: int
@@ -53,9 +52,19 @@ class Planner:
         """The cost of training `updated` (tensor -> share)."""
         key = frozenset((n, p.indices if isinstance(p, Part) else 1) for n, p in updated.items())
         if key not in self._known:
-            step, _ = differentiate(self.model, updated, self.loss, self.optimizer)
-            self._known[key] = cost_of(run_passes(step, self.target), self.kernel_bytes)
+            self._known[key] = cost_of(self.step(updated), self.target, self.kernel_bytes)
         return self._known[key]
+
+    def step(self, updated: Mapping[str, float]) -> Graph:
+        """The optimised step of a choice."""
+        step, _ = differentiate(self.model, updated, self.loss, self.optimizer)
+        return run_passes(step, self.target)
+
+    def least(self, updated: Mapping[str, float], limit: int) -> Cost:
+        """The cost when the build computes again what it need not keep (levers.py) to get within
+        `limit`, as far as that goes."""
+        (step,) = shrunk([self.step(updated)], limit, self.target)
+        return cost_of(step, self.target, self.kernel_bytes)
 
     def activation_bytes(self) -> dict[str, int]:
         """Weight -> bytes of the activation its gradient reads."""
@@ -71,10 +80,10 @@ class Planner:
         return found
 
 
-def cost_of(step: Graph, kernel_bytes: float = 0) -> Cost:
+def cost_of(step: Graph, target: Target, kernel_bytes: float = 0) -> Cost:
     """The cost of an optimised step."""
     plan = memory.estimate([step])
-    work = sum(multiply_adds(step, part) for n in step.nodes for part in n.kernel_nodes())
+    work = sum(seconds(n, step.values, target) for n in step.nodes if n.op not in VIEWS)
     code = int(kernel_bytes * count_kernels(step))
     return Cost(plan.total_bytes + code, plan.arena_bytes, work)
 
@@ -87,18 +96,3 @@ def count_kernels(step: Graph) -> int:
         return tuple(n.op for n in node.kernel_nodes()), shapes
 
     return len({alike(node) for node in step.nodes if node.op not in VIEWS})
-
-
-def multiply_adds(graph: Graph, node: Node) -> float:
-    """Of one product or convolution; anything else counts as nothing beside them."""
-    if node.op == "matmul":
-        out, a = graph.values[node.outputs[0]].shape, graph.values[node.inputs[0]].shape
-        return math.prod(out) * a[-2 if node.attrs.get("transpose_a") else -1]
-    if node.op not in CONVS:
-        return 0.0
-    # Every element of dy meets every weight of its output channel.
-    dy = node.outputs[0] if node.op == "conv2d" else node.inputs[node.op == CONVS[2]]
-    w = node.outputs[0] if node.op == CONVS[2] else node.inputs[1]
-    channel = 3 if node.attrs.get("layout") == "NHWC" else 1
-    outputs = graph.values[dy].shape[channel]
-    return graph.values[dy].size * graph.values[w].size / outputs

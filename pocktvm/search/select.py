@@ -59,6 +59,8 @@ class Limits:
 def check_smallest(planner: Planner, candidates: Candidates, limits: Limits) -> None:
     """PockError when even the classifier alone costs more than the limits."""
     cost = planner.cost(candidates.head)
+    if not Limits(limits.total_bytes).hold(cost):
+        cost = planner.least(candidates.head, limits.total_bytes or 0)
     if limits.total_bytes is not None and cost.total_bytes > limits.total_bytes:
         raise PockError(
             f"the budget {format_bytes(limits.total_bytes)} is below the smallest plan: training "
