@@ -13,6 +13,8 @@ BIN    := $(VENV)/bin
 # The stamp's name holds a hash of what is installed: a changed pin installs again, a new date not.
 PINS   := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 STAMP  := $(VENV)/.installed-$(PINS)
+# NVIDIA's compiler (90 MB) only where a target's kernels need it.
+NVRTC  := $(if $(filter cuda jetson-orin,$(TARGET)),$(VENV)/.nvrtc-$(PINS))
 INDEX  := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
@@ -37,10 +39,14 @@ $(STAMP):
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(INDEX) -c constraints.txt -e '.[dev,tune]'
 	@rm -f $(VENV)/.installed-* && touch $@
 
+$(VENV)/.nvrtc-$(PINS): $(STAMP)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(INDEX) -c constraints.txt -e '.[jetson]'
+	@rm -f $(VENV)/.nvrtc-* && touch $@
+
 demo: $(STAMP) ## compile MobileNetV2 for host and rpi4, train it on real digits, beside PyTorch
 	@$(BIN)/python examples/demo.py $(ARGS)
 
-build: $(STAMP) ## build/$(TARGET)/<model>/: compile MODEL for TARGET (a no-op when nothing changed)
+build: $(STAMP) $(NVRTC) ## build/$(TARGET)/<model>/: compile MODEL for TARGET (a no-op when nothing changed)
 	@$(BIN)/pocktvm build '$(MODEL)' --target '$(TARGET)' $(if $(SCHEME),--scheme '$(SCHEME)') $(if $(BATCH),--batch '$(BATCH)') $(ARGS)
 
 test: $(STAMP) ## the tests (the full matrices: ARGS="-m slow")

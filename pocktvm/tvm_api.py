@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import types
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -52,6 +53,62 @@ def compile_module(module: Any, target: Any) -> Any:
     """
     with tvm.transform.PassContext(opt_level=3, config={"tirx.disable_storage_rewrite": True}):
         return tvm.compile(module, target)
+
+
+def device_source(func: Any, target: Any) -> tuple[str, list[dict[str, Any]]]:
+    """CUDA C of a loop nest bound to GPU threads, and its launches in order.
+
+    A launch is {"entry", "args", "grid", "block"}: `args` are indices of the function's buffers.
+    No CUDA toolkit is needed: TVM writes text, and its prelude (for nvcc) is left off."""
+    from tvm.tirx.build import codegen_build, split_host_device_mods
+
+    config = {
+        "tirx.disable_storage_rewrite": True,
+        "tirx.UnrollLoop": {"auto_max_step": 0, "explicit_unroll": False},  # nvcc unrolls
+    }
+    with tvm.transform.PassContext(opt_level=3, config=config):
+        module = tirx.transform.BindTarget(target)(IRModule({"main": func}))
+        pipeline, _, finish = tvm.tirx.get_default_tir_pipeline(target)
+        host, devices = split_host_device_mods(pipeline(module))
+        sources = [codegen_build(finish()(m), target).inspect_source("cuda")
+                   for m in devices.values()]  # fmt: skip
+        functions = {
+            str(f.attrs["global_symbol"]): f for m in devices.values() for f in m.functions.values()
+        } if devices else {}
+    text = "".join(source[source.index('extern "C"') :] for source in sources)
+    return text, _launches(host, functions, [f"{p.name}_ptr" for p in func.params])
+
+
+def _launches(host: Any, functions: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    """The host function's calls of device functions, whose extents are all constants."""
+    found: list[dict[str, Any]] = []
+    assert len(set(names)) == len(names), f"arguments share a name: {names}"
+
+    for function in host.functions.values():
+        for call in _evaluated(function.body):
+            entry = getattr(call.args[0], "value", None) if call.args else None
+            if entry not in functions:
+                continue
+            device = functions[entry]
+            n, tags = len(device.params), list(device.attrs["tirx.kernel_launch_params"])
+            extents = {str(t): int(e) for t, e in zip(tags, call.args[1 + n :], strict=True)}
+            found.append({
+                "entry": str(entry),
+                "args": [names.index(str(p.name)) for p in device.params],
+                "grid": [extents.get(f"blockIdx.{a}", 1) for a in "xyz"],
+                "block": [extents.get(f"threadIdx.{a}", 1) for a in "xyz"],
+            })  # fmt: skip
+    assert len(found) == len(functions), f"{len(functions)} functions, {len(found)} launches"
+    return found
+
+
+def _evaluated(stmt: Any) -> Iterator[Any]:
+    """The calls a statement evaluates, in order."""
+    if isinstance(getattr(stmt, "value", None), tvm.ir.Call) and isinstance(stmt, tirx.Evaluate):
+        yield stmt.value
+    for inner in (*getattr(stmt, "seq", ()), getattr(stmt, "body", None)):
+        if inner is not None:
+            yield from _evaluated(inner)
 
 
 def tvm_target(description: Any) -> Any:

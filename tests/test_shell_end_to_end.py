@@ -249,7 +249,7 @@ def emulators() -> list:
     """Targets with an emulator, those that cannot run here skipped with the reason."""
     cases = []
     for target in list_targets():
-        if not target.emulator:
+        if not target.emulator or target.is_gpu:  # tests/test_cuda_artifacts.py
             continue
         missing = lacks(target)
         skip = pytest.mark.skipif(bool(missing), reason=missing or "it runs here")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pocktvm.cli.targets import how_checked
 from pocktvm.errors import PockError
 from pocktvm.host import count_cores, x86_cpu
 from pocktvm.targets import FOLDER, list_targets, load_target
@@ -28,12 +29,22 @@ def test_the_folder_at_the_top_is_what_is_read():
 @pytest.mark.parametrize("target", list_targets(), ids=lambda t: t.name)
 def test_every_target_is_consistent(target):
     assert target.description and target.arch
-    assert target.tvm["num-cores"] == target.isa.cores
+    if not target.is_gpu:
+        assert target.tvm["num-cores"] == target.isa.cores
     assert target.isa.l1_bytes < target.isa.l2_bytes
     assert target.is_host == (not target.emulator and target.checked == "run")
     if target.name != "host":
         assert target.sources, "numbers come from somewhere"
-        assert target.tvm["mcpu"].replace("-", "_") == target.toolchain.zig_cpu
+        host = target.tvm["host"] if target.is_gpu else target.tvm
+        assert host["mcpu"].replace("-", "_") == target.toolchain.zig_cpu
+
+
+def test_gpu_targets_name_their_code():
+    for target in (load_target("cuda"), load_target("jetson-orin")):
+        assert target.is_gpu and target.toolchain.cubins and target.toolchain.ptx
+        assert target.isa.lanes == 1, "rules for GPUs write scalar code"
+        assert "not run on a GPU" in how_checked(target)
+    assert not load_target("rpi4").is_gpu
 
 
 def test_host_and_rpi4():

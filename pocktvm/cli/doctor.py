@@ -36,7 +36,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
 ) -> None:
     """Check Python, the pinned packages, the linker, ssh, emulators, disk space; a device."""
-    checks = [*_packages(), _linker(), _space(), _ssh(ssh is not None), *_devices()]
+    checks = [*_packages(), _linker(), _space(), _ssh(ssh is not None), *_devices(), *_gpu()]
     if ssh is not None and shutil.which("ssh"):
         checks += remote_checks(ssh)
     if as_json:
@@ -103,7 +103,7 @@ def _devices() -> Iterator[Check]:
         yield Check("host", False, platform.machine(), str(error), needed=False)
         return
     for target in list_targets():
-        if not target.emulator:
+        if not target.emulator or target.is_gpu:
             continue
         try:
             emulator_of({"emulator": target.emulator, "target": target.name})
@@ -112,3 +112,17 @@ def _devices() -> Iterator[Check]:
             fix = str(error).splitlines()[-1].strip()
             found = "builds; not run here: " + str(error).splitlines()[0].rpartition(": ")[2]
             yield Check(target.name, False, found, fix, needed=False)
+
+
+def _gpu() -> Iterator[Check]:
+    """What builds for a GPU need, and what running them does."""
+    from pocktvm.cli.targets import lacks_gpu
+    from pocktvm.codegen.cuda import lacks_compiler
+    from pocktvm.targets import load_target
+
+    missing, fix = lacks_compiler(), "pip install nvidia-cuda-nvrtc-cu12"
+    yield Check("cuda compiler", not missing, missing or "NVRTC or nvcc", fix, needed=False)
+    missing = lacks_gpu(load_target("cuda"))
+    found = f"builds; not run here: {missing}" if missing else "the driver is here"
+    fix = "install NVIDIA's driver, or copy the artifact to a machine that has it"
+    yield Check("cuda", not missing, found, fix, needed=False)

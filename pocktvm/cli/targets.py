@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 from typing import Annotated
@@ -10,7 +11,7 @@ import typer
 
 from pocktvm.errors import PockError
 from pocktvm.ir.target import Target
-from pocktvm.manifest import emulator_of
+from pocktvm.manifest import emulator_of, runs_here
 from pocktvm.units import format_bytes
 
 CHECKED = {
@@ -32,15 +33,26 @@ def targets(
         print(json.dumps({t.name: {**_facts(t), "lacks": lacks(t)} for t in found}))
         return
     for target in found:
-        isa, missing = target.isa, lacks(target)
+        missing = lacks(target)
         print(f"{target.name:12} {target.description}")
-        print(
-            f"{'':12} {target.tvm.get('mcpu', target.tvm['kind'])}, {isa.cores} cores, "
-            f"{isa.vector_bytes * 8}-bit vectors, {format_bytes(target.memory_bytes)}"
-        )
-        print(f"{'':12} emits {emits(target)}; checked: {CHECKED[target.checked]}")
+        print(f"{'':12} {_machine(target)}, {format_bytes(target.memory_bytes)}")
+        print(f"{'':12} emits {emits(target)}; checked: {how_checked(target)}")
         if missing:
             print(f"{'':12} not run here: {missing}")
+
+
+def _machine(target: Target) -> str:
+    isa = target.isa
+    if target.is_gpu:
+        return f"{target.tvm['arch']}, {isa.cores} multiprocessors"
+    return f"{target.tvm['mcpu']}, {isa.cores} cores, {isa.vector_bytes * 8}-bit vectors"
+
+
+def how_checked(target: Target) -> str:
+    """What stands behind the target's numbers."""
+    if target.is_gpu and target.checked == "simulated":
+        return "ptxas, and a driver that replays launches on a processor; not run on a GPU"
+    return CHECKED[target.checked]
 
 
 def emits(target: Target) -> str:
@@ -52,7 +64,10 @@ def emits(target: Target) -> str:
         runner += " (static, the model inside)"
     elif toolchain.own_loader:
         runner += " (static, loads the library itself)"
-    return f"{toolchain.library} ({format_}, {target.arch}) and {runner}"
+    code = f"{format_}, {target.arch}"
+    if target.is_gpu:
+        code += ", with " + ", ".join([*toolchain.cubins, f"PTX {toolchain.ptx}"])
+    return f"{toolchain.library} ({code}) and {runner}"
 
 
 def lacks(target: Target) -> str:
@@ -66,6 +81,17 @@ def lacks(target: Target) -> str:
         if not target.emulator:
             return f"needs the device; {reason}"
         return f"{target.emulator[0]}: {reason}; {hint.splitlines()[-1].strip()}"
+    return lacks_gpu(target) if target.is_gpu else ""
+
+
+def lacks_gpu(target: Target) -> str:
+    """What a GPU's target misses on a machine that can start its programs."""
+    if target.emulator and not runs_here({"arch": target.arch, "os": target.os}):
+        return f"needs the device; {target.emulator[0]} runs the program, but there is no GPU in it"
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "needs an NVIDIA GPU and its driver (libcuda.so.1)"
     return ""
 
 

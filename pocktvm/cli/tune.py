@@ -36,6 +36,11 @@ def tune(
     from pocktvm.tuning.runners import open_runner
 
     device = load_target(target)
+    if device.is_gpu:
+        raise PockError(
+            f"there is nothing to tune for {device.name}: the GPU's kernels have no knobs.\n"
+            "  `pocktvm build` uses them as they are."
+        )
     machine = open_runner(runner, device, threads)
     try:
         with Progress() as bar:

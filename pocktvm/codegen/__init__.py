@@ -7,11 +7,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from pocktvm.codegen import link
+from pocktvm.codegen import cuda, link
 from pocktvm.codegen.blob import Blob, assembly
 from pocktvm.codegen.mach_o import hide_symbols
 from pocktvm.codegen.package import initial_state, replacing, write_manifest
-from pocktvm.codegen.step import generate_tables
+from pocktvm.codegen.step import generate_tables, image_symbol
 from pocktvm.ir.artifact import Identity, SelfTest
 from pocktvm.ir.kernels import Kernels
 from pocktvm.ir.memory import MemoryPlan
@@ -59,26 +59,33 @@ def _build(
     frozen, recorded = Blob(work / FROZEN_FILE), Blob(work / "recorded.bin")
     limit = int(os.environ.get("POCKTVM_EMBED_LIMIT", EMBED_LIMIT_BYTES))
     beside = sum(a.nbytes for a in kernels.consts.values()) > limit
+    images = _images(kernels, target)
     tables = generate_tables(
         kernels, plan, identity, selftest, target, frozen, recorded,
-        frozen_file=FROZEN_FILE if beside else None,
+        frozen_file=FROZEN_FILE if beside else None, images=images,
     )  # fmt: skip
     (work / "model.c").write_text(tables)
     if dump := os.environ.get("POCKTVM_DUMP"):
         Path(dump).mkdir(parents=True, exist_ok=True)
         (Path(dump) / "model.c").write_text(tables)
     embedded = {"pk_recorded_bytes": recorded.path}
+    for index, image in enumerate(images):
+        embedded[image_symbol(index)] = work / f"gpu.{index}.{image.arch}"
+        embedded[image_symbol(index)].write_bytes(image.data)
     if beside:
         shutil.move(frozen.path, folder / FROZEN_FILE)
     else:
         embedded["pk_frozen_bytes"] = frozen.path
     (work / "bytes.S").write_text(assembly(embedded, mach_o=link.is_mach_o(toolchain)))
-    objects = []
-    for symbol in sorted({c.symbol for p in kernels.programs.values() for c in p.calls}):
+    objects: list[Path] = []
+    used = {c.symbol for p in kernels.programs.values() for c in p.calls}
+    for symbol in () if target.is_gpu else sorted(used):
         objects.append(work / f"{symbol}.o")
         data = kernels.kernels[symbol].object
         objects[-1].write_bytes(hide_symbols(data) if link.is_mach_o(toolchain) else data)
     sources = [work / "model.c", work / "bytes.S"]
+    if target.is_gpu:
+        sources.append(link.C_FOLDER / "cuda.c")
     link.link_library(toolchain, sources, objects, work / toolchain.library)
     shutil.move(work / toolchain.library, folder)
     runner = folder / "pocktvm-run"
@@ -88,3 +95,14 @@ def _build(
     else:
         shutil.copy(link.dynamic_runner(toolchain), runner)
     runner.chmod(0o755)
+
+
+def _images(kernels: Kernels, target: Target) -> list[cuda.Image]:
+    """The GPU's code; none for a processor."""
+    if not target.is_gpu:
+        return []
+    source = cuda.source_of(kernels)
+    if dump := os.environ.get("POCKTVM_DUMP"):
+        Path(dump).mkdir(parents=True, exist_ok=True)
+        (Path(dump) / "kernels.cu").write_text(source)
+    return cuda.compile_images(source, target.toolchain)

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pocktvm.codegen.blob import Blob
+from pocktvm.codegen.cuda import Image
 from pocktvm.codegen.tables import Shapes, array, dltype, number, struct, text
 from pocktvm.errors import InternalError
 from pocktvm.ir.artifact import Identity, SelfTest
 from pocktvm.ir.graph import Param
-from pocktvm.ir.kernels import Kernels, Program
+from pocktvm.ir.kernels import Kernels, Launch, Program
 from pocktvm.ir.memory import MemoryPlan
 from pocktvm.ir.model import Input
 from pocktvm.ir.target import Target
@@ -44,6 +45,7 @@ class Writer:
     recorded: Blob
     shapes: Shapes = field(default_factory=lambda: Shapes("shapes"))
     parts: list[str] = field(default_factory=list)
+    functions: dict[str, int] = field(default_factory=dict)  # GPU functions, in order of use
 
     def place(self, program: Program, name: str) -> tuple[str, int]:
         """(space, offset) of a buffer."""
@@ -72,20 +74,23 @@ def generate_tables(
     frozen: Blob,
     recorded: Blob,
     frozen_file: str | None = None,
+    images: Sequence[Image] = (),
 ) -> str:
     """The C file with everything the runtime knows of this model.
 
     Fills `frozen` with the constants the kernels read and `recorded` with the self-test's arrays.
-    With `frozen_file` the frozen pages are not embedded but mapped from that file beside the
-    library.
+    `images` are the GPU's code, where the target has one. With `frozen_file` the frozen pages are
+    not embedded but mapped from that file beside the library.
     """
     w = Writer(kernels, plan, identity, self_test, target, frozen, recorded)
     used = sorted({c.symbol for p in kernels.programs.values() for c in p.calls})
-    for symbol in used:
+    for symbol in () if target.is_gpu else used:
         w.parts.append(f"extern int __tvm_ffi_{symbol}(void *, const pk_any *, int32_t, pk_any *);")
     for name in ("step", "predict"):
         if name in kernels.programs:
             _write_program(w, kernels.programs[name])
+    if target.is_gpu:
+        _write_gpu(w, images)
     _write_tensors(w)
     _write_inputs(w)
     _write_self_test(w)
@@ -100,13 +105,23 @@ def _write_program(w: Writer, program: Program) -> None:
     views: dict[str, int] = {}
     args: list[str] = []
     calls: list[str] = []
+    launches: list[str] = []
+    launch_args: list[str] = []
     for call in program.calls:
-        calls.append(f"{{__tvm_ffi_{call.symbol}, {len(args)}, {len(call.args)}}}")
-        for name, spec in zip(call.args, w.kernels.kernels[call.symbol].args, strict=True):
+        kernel = w.kernels.kernels[call.symbol]
+        symbol = "NULL" if w.target.is_gpu else f"__tvm_ffi_{call.symbol}"
+        calls.append(
+            f"{{{symbol}, {len(args)}, {len(call.args)}, {len(launches)}, {len(kernel.launches)}}}"
+        )
+        first = len(args)
+        for name, spec in zip(call.args, kernel.args, strict=True):
             space, offset = w.place(program, name)
             shape = w.shapes.add(spec.shape)
             view = f"{{{offset}, {space}, {len(spec.shape)}, {shape}, {dltype(spec.dtype)}}}"
             args.append(str(views.setdefault(view, len(views))))
+        for launch in kernel.launches:
+            launches.append(_launch(w, launch, len(launch_args)))
+            launch_args += [args[first + i] for i in launch.args]
     names = [i.name for i in w.identity.inputs]
     inputs = []
     for name in program.inputs:
@@ -124,15 +139,43 @@ def _write_program(w: Writer, program: Program) -> None:
         array("pk_program_input", f"{prefix}_inputs", inputs),
         array("pk_scalar", f"{prefix}_scalars", scalars),
     ]
-    tables = {k: f"{prefix}_{k}" for k in ("views", "args", "calls", "inputs", "scalars")}
-    counts = [len(views), len(args), len(calls), len(inputs), len(scalars)]
+    tables = {"views": views, "args": args, "calls": calls, "inputs": inputs, "scalars": scalars}
+    if w.target.is_gpu:
+        tables |= {"launches": launches, "launch_args": launch_args}
+        w.parts.append(array("pk_launch", f"{prefix}_launches", launches))
+        w.parts.append(array("int32_t", f"{prefix}_launch_args", launch_args or ["0"]))
     fields: dict[str, object] = {"name": text(prefix)}
-    fields |= {f"n_{k}": n for k, n in zip(tables, counts, strict=True)}
-    fields |= tables
+    fields |= {f"n_{k}": len(rows) for k, rows in tables.items()}
+    fields |= {k: f"{prefix}_{k}" for k in tables}
     for key in ("loss", "output"):
         found = program.outputs.get(key)
         fields[f"{key}_offset"] = w.arena_offset(program, found) if found else "PK_NOWHERE"
     w.parts.append(f"static const pk_program {prefix}_program = {struct(fields)};\n")
+
+
+def _launch(w: Writer, launch: Launch, first_arg: int) -> str:
+    number = w.functions.setdefault(launch.entry, len(w.functions))
+    extents = ", ".join("{" + ", ".join(map(str, e)) + "}" for e in (launch.grid, launch.block))
+    return f"{{{number}, {first_arg}, {len(launch.args)}, {extents}}}"
+
+
+def _write_gpu(w: Writer, images: Sequence[Image]) -> None:
+    """The images and the names of the functions they hold; images lie in the blob's assembly."""
+    rows = []
+    for index, image in enumerate(images):
+        w.parts.append(f"extern const char {image_symbol(index)}[];")
+        major, minor = image.capability
+        rows.append(f"{{{image_symbol(index)}, {major}, {minor}, {int(image.is_ptx)}}}")
+    w.parts.append(array("pk_image", "gpu_images", rows))
+    w.parts.append(array("char *const", "gpu_functions", map(text, w.functions)))
+    fields = {"api": "&pk_cuda", "n_images": len(rows), "n_functions": len(w.functions)}
+    fields |= {"images": "gpu_images", "functions": "gpu_functions"}
+    w.parts.append(f"static const pk_gpu gpu = {struct(fields)};\n")
+
+
+def image_symbol(index: int) -> str:
+    """The C name of a GPU image's bytes."""
+    return f"pk_gpu_image_{index}"
 
 
 def _scalar(w: Writer, program: Program, buffer: str, formula: str) -> str:
@@ -321,5 +364,6 @@ def _write_model(w: Writer, frozen_file: str | None) -> None:
         "tensors": "tensors",
         "step": "&step_program" if "step" in programs else "NULL",
         "predict": "&predict_program" if "predict" in programs else "NULL",
+        "gpu": "&gpu" if w.target.is_gpu else "NULL",
     }
     w.parts.append(f"const pk_model pk_the_model = {struct(model)};\n")

@@ -22,10 +22,22 @@ class ArgSpec:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """One start of a GPU function. `args` are indices of the kernel's arguments, in the order the
+    function takes their addresses; grid and block are counted in blocks and threads (x, y, z)."""
+
+    entry: str
+    args: tuple[int, ...]
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
 class Kernel:
     """One compiled loop nest, shared by every call with the same signature.
 
     Its packed symbol is `__tvm_ffi_<symbol>`; arguments are inputs, outputs, workspaces, in order.
+    On a GPU `object` is CUDA C and `launches` are started one after the other.
     `inplace`: pairs (output index among args, input index among args) that may share memory.
     """
 
@@ -38,6 +50,7 @@ class Kernel:
     tuned: bool = False
     flops: int = 0
     inplace: tuple[tuple[int, int], ...] = ()
+    launches: tuple[Launch, ...] = ()
 
 
 @dataclass(frozen=True)

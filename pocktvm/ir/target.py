@@ -41,6 +41,8 @@ class Toolchain:
     library: str = "model.so"
     static_runner: bool = False  # pocktvm-run holds the model: a device that loads nothing
     own_loader: bool = False  # pocktvm-run is static and loads the library without the libc's help
+    cubins: tuple[str, ...] = ()  # GPU: architectures the library holds machine code for
+    ptx: str = ""  # GPU: virtual architecture of the code that the driver translates
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class Target:
         if limit is None or limit >= self.memory_bytes:
             return self
         return replace(self, memory_bytes=limit)
+
+    @property
+    def is_gpu(self) -> bool:
+        """True when kernels run on a GPU and the processor only launches them."""
+        return self.tvm.get("kind") == "cuda"
 
     @property
     def is_host(self) -> bool:

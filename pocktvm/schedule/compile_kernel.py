@@ -9,11 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pocktvm.errors import InternalError
-from pocktvm.ir.kernels import ArgSpec, Kernel
+from pocktvm.ir.kernels import ArgSpec, Kernel, Launch
 from pocktvm.schedule.cache import KernelCache, key_of
+from pocktvm.schedule.gpu.rules import GPU_RULES
 from pocktvm.schedule.rule import Emitted, Pack, Rule, Task, defaults
 from pocktvm.schedule.rules import RULES
-from pocktvm.tvm_api import IRModule, buffer_types, compile_module, tvm_target, version
+from pocktvm.tvm_api import (
+    IRModule,
+    buffer_types,
+    compile_module,
+    device_source,
+    tvm_target,
+    version,
+)
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,11 @@ class KernelCompiler:
         cached = self.cache.get(key)
         if cached is None:
             emitted = rule.emit(task, knobs)
-            data = compile_object(aliasing_admitted(emitted), symbol, task)
             facts = _facts(emitted)
+            if target.is_gpu:
+                data, facts["launches"] = compile_source(emitted, symbol, task)
+            else:
+                data = compile_object(aliasing_admitted(emitted), symbol, task)
             self.cache.put(key, data, facts)
         else:
             data, facts = cached
@@ -66,7 +77,7 @@ class KernelCompiler:
 def choose_rule(task: Task) -> Rule:
     """The first rule that does not decline."""
     reasons = []
-    for rule in RULES:
+    for rule in GPU_RULES if task.target.is_gpu else RULES:
         reason = rule.decline(task)
         if reason is None:
             return rule
@@ -97,6 +108,16 @@ def compile_object(func: Any, symbol: str, task: Task) -> bytes:
         os.unlink(path)
 
 
+def compile_source(emitted: Emitted, symbol: str, task: Task) -> tuple[bytes, list[dict[str, Any]]]:
+    """CUDA C that defines the kernel's GPU functions, and their launches."""
+    target = tvm_target(task.target.tvm)
+    # `__restrict__` would be a lie wherever an output may lie over an input
+    func = emitted.func.with_attr("tirx.noalias", not emitted.inplace)
+    func = func.with_attr("global_symbol", symbol).with_attr("target", target)
+    text, launches = device_source(func, target)
+    return text.encode(), launches
+
+
 def _facts(emitted: Emitted) -> dict[str, Any]:
     return {
         "args": buffer_types(emitted.func),
@@ -125,6 +146,10 @@ def _compiled(
         tuned=tuned,
         flops=int(facts["flops"]),
         inplace=tuple((n_inputs + o, i) for o, i in facts["inplace"]),
+        launches=tuple(
+            Launch(entry["entry"], *(tuple(entry[key]) for key in ("args", "grid", "block")))
+            for entry in facts.get("launches", ())
+        ),
     )
     pack = {int(i): Pack(name, params) for i, (name, params) in facts["pack"].items()}
     return Compiled(kernel, workspaces, pack)

@@ -267,6 +267,8 @@ static int save_locked(pocktvm *m, const char *path) {
 }
 
 int pocktvm_save(pocktvm *m, const char *path) {
+  int fetched = pk_fetch_state(m);
+  if (fetched) return fetched;
   int held = m->lock_fd >= 0 && strcmp(m->locked_file, path) == 0;
   if (held) return save_locked(m, path);
   /* another file than the one held since open: lock it for as long as the save takes */
@@ -396,7 +398,9 @@ int pocktvm_load(pocktvm *m, const char *path) {
   char reason[512];
   if (st_open(&file, path, reason, sizeof reason))
     return pk_fail(m, POCKTVM_BAD_FILE, "cannot load checkpoint %s: %s", path, reason);
-  int status = load_open_file(m, &file, path);
+  int status = pk_fetch_state(m); /* a load that fails midway leaves the rest as it is */
+  if (!status) status = load_open_file(m, &file, path);
+  if (!status) status = pk_send_state(m);
   st_close(&file);
   return status;
 }

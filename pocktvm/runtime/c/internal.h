@@ -57,7 +57,15 @@ typedef struct {
   pk_kernel kernel;
   int32_t first_arg; /* into pk_program.args */
   int32_t n_args;
+  int32_t first_launch, n_launches; /* on a GPU, instead of the kernel */
 } pk_call;
+
+/* One start of a GPU function. */
+typedef struct {
+  int32_t function;         /* into pk_gpu.functions */
+  int32_t first_arg, n_args; /* into pk_program.launch_args */
+  uint32_t grid[3], block[3];
+} pk_launch;
 
 typedef struct {
   int64_t offset;
@@ -79,7 +87,33 @@ typedef struct {
   const pk_program_input *inputs;
   const pk_scalar *scalars;
   int64_t loss_offset, output_offset; /* PK_NOWHERE: not computed */
+  int32_t n_launches, n_launch_args;
+  const pk_launch *launches;
+  const int32_t *launch_args; /* indices of views */
 } pk_program;
+
+/* Code of all GPU functions for one compute capability; PTX ends with a NUL. */
+typedef struct {
+  const char *data;
+  int32_t major, minor, is_ptx;
+} pk_image;
+
+/* What runs a model that does not run on the processor (cuda.c). The arena of the handle is then a
+ * copy in host memory; offsets are the same on both sides. */
+typedef struct {
+  int (*open)(pocktvm *m); /* also uploads the frozen weights */
+  void (*close)(pocktvm *m);
+  int (*push)(pocktvm *m, int64_t offset, int64_t nbytes); /* host to device */
+  int (*pull)(pocktvm *m, int64_t offset, int64_t nbytes); /* device to host; waits */
+  int (*run)(pocktvm *m, const pk_program *program, int64_t *call_ns);
+} pk_device_api;
+
+typedef struct {
+  const pk_device_api *api;
+  int32_t n_images, n_functions;
+  const pk_image *images; /* machine code first, PTX last */
+  const char *const *functions;
+} pk_gpu;
 
 typedef struct {
   const char *name;
@@ -102,6 +136,7 @@ typedef struct {
   int64_t frozen_bytes;
   const pk_tensor *tensors; /* sorted by name */
   const pk_program *step, *predict;
+  const pk_gpu *gpu; /* NULL: the processor runs it */
 } pk_model;
 
 extern const pk_model pk_the_model;
@@ -109,6 +144,7 @@ extern const pk_model pk_the_model;
 /* --- an open trainer --- */
 
 typedef struct pk_pool pk_pool;
+typedef struct pk_device pk_device;
 
 typedef struct {
   const pk_program *program;
@@ -125,6 +161,9 @@ struct pocktvm {
   pk_bound step, predict;
   pk_pool *pool;
   int64_t *call_ns;
+  pk_device *device; /* NULL: the processor */
+  int device_newer;  /* steps were done since the state was last fetched */
+  int host_newer;    /* the caller was handed the state and may have changed it */
   int lock_fd;
   char *lock_path;   /* the lock file held */
   char *locked_file; /* the checkpoint it stands for */
@@ -145,6 +184,13 @@ void pk_pool_close(pk_pool *pool);
 int pk_pool_threads(const pk_pool *pool);
 int pk_pool_run(pk_pool *pool, int (*task)(int, void *, void *), void *data, int n_tasks);
 int pk_online_cpus(void);
+
+/* runtime.c: the trained state on the processor's side is the device's, and the reverse */
+int pk_fetch_state(pocktvm *m);
+int pk_send_state(pocktvm *m);
+
+/* cuda.c */
+extern const pk_device_api pk_cuda;
 
 /* inputs.c */
 int pk_copy_input(pocktvm *m, const pocktvm_input *input, const pocktvm_array *array, char *dest);

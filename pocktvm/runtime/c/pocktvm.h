@@ -35,7 +35,8 @@ typedef enum {
   POCKTVM_IO = 3,         /* the disk is full, a path does not exist, … */
   POCKTVM_NO_MEMORY = 4,  /* the arena could not be had, or the caller's does not fit */
   POCKTVM_BUSY = 5,       /* another trainer holds this checkpoint */
-  POCKTVM_KERNEL = 6      /* a kernel refused its arguments: a bug of the compiler */
+  POCKTVM_KERNEL = 6,     /* a kernel refused its arguments: a bug of the compiler */
+  POCKTVM_NO_DEVICE = 7   /* no driver, no GPU, or one this artifact holds no code for */
 } pocktvm_status;
 
 /* How the caller's array is stored; the library converts while it copies.
@@ -70,7 +71,9 @@ typedef struct {
 } pocktvm_input;
 
 /* A trained tensor or an optimizer's state, in the arena. Shape and strides (in elements) follow
- * torch's axes, whatever order the device keeps: data[i * strides[0] + j * strides[1] + …]. */
+ * torch's axes, whatever order the device keeps: data[i * strides[0] + j * strides[1] + …].
+ * Of a model on a GPU it is a copy, fetched by pocktvm_tensor and good until the next step; what is
+ * written to it until then goes back. */
 typedef struct {
   const char *name;
   const char *kind; /* "trained" or "optimizer" */
@@ -119,7 +122,8 @@ typedef struct {
 /* All zero is the default. */
 typedef struct {
   const char *weights;    /* NULL: weights.safetensors beside the library */
-  void *arena;            /* NULL: the library maps arena_bytes itself; else aligned to 64 bytes */
+  void *arena;            /* NULL: the library maps arena_bytes itself; else aligned to 64 bytes.
+                             Host memory, also where a GPU has the arena proper */
   int64_t arena_bytes;    /* of the caller's arena */
   int32_t threads;        /* 0: as many as the device has cores for us */
   const char *checkpoint; /* held locked until close; NULL: none */

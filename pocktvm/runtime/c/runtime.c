@@ -117,6 +117,7 @@ static void bind(pocktvm *m, pk_bound *bound) {
 }
 
 static int choose_threads(int asked) {
+  if (pk_the_model.gpu) return 1;
   int online = pk_online_cpus(), most = pk_the_model.default_threads;
   if (asked > 0) return asked > 256 ? 256 : asked;
   return most > 0 && most < online ? most : online;
@@ -135,7 +136,9 @@ static int open_all(pocktvm *m, const pocktvm_options *options) {
   if ((status = open_arena(m, options))) return status;
   bind(m, &m->step);
   bind(m, &m->predict);
-  return pk_load_initial(m, options->weights);
+  if (pk_the_model.gpu && (status = pk_the_model.gpu->api->open(m))) return status;
+  if ((status = pk_load_initial(m, options->weights))) return status;
+  return pk_send_state(m);
 }
 
 int pocktvm_open(const pocktvm_options *options, pocktvm **out) {
@@ -161,6 +164,7 @@ int pocktvm_open(const pocktvm_options *options, pocktvm **out) {
 void pocktvm_close(pocktvm *m) {
   if (!m) return;
   pk_unlock(m);
+  if (m->device) pk_the_model.gpu->api->close(m);
   pk_pool_close(m->pool);
   if (m->mapped_bytes) munmap(m->arena, (size_t)m->mapped_bytes);
   if (m->frozen_mapped_bytes)
@@ -200,19 +204,50 @@ static uint32_t dropout_seed(const pocktvm *m) {
   return (uint32_t)(splitmix(splitmix(m->plan.seed) + (uint64_t)m->plan.steps + 1) >> 32);
 }
 
-static void set_scalars(pocktvm *m, const pk_program *program, double lr) {
+/* --- a device with memory of its own --- */
+
+static int push(pocktvm *m, int64_t offset, int64_t nbytes) {
+  return m->device ? pk_the_model.gpu->api->push(m, offset, nbytes) : POCKTVM_OK;
+}
+
+static int pull(pocktvm *m, int64_t offset, int64_t nbytes) {
+  return m->device ? pk_the_model.gpu->api->pull(m, offset, nbytes) : POCKTVM_OK;
+}
+
+int pk_send_state(pocktvm *m) {
+  int status = push(m, 0, pk_the_model.persistent_bytes);
+  if (!status) m->host_newer = m->device_newer = 0;
+  return status;
+}
+
+int pk_fetch_state(pocktvm *m) {
+  if (!m->device || !m->device_newer) return POCKTVM_OK;
+  int status = pull(m, 0, pk_the_model.persistent_bytes);
+  if (!status) m->device_newer = 0;
+  return status;
+}
+
+static int set_scalars(pocktvm *m, const pk_program *program, double lr) {
   for (int32_t i = 0; i < program->n_scalars; i++) {
     const pk_scalar *scalar = &program->scalars[i];
     double value = lr;
-    if (scalar->formula == PK_SCALAR_DROPOUT_SEED) {
-      uint32_t seed = dropout_seed(m);
-      memcpy(m->arena + scalar->offset, &seed, sizeof seed);
-      continue;
-    }
     if (scalar->formula == PK_SCALAR_BIAS_CORRECTION)
       value = 1 - power(scalar->beta, m->plan.steps + 1);
     *(float *)(m->arena + scalar->offset) = (float)value;
+    if (scalar->formula == PK_SCALAR_DROPOUT_SEED) {
+      uint32_t seed = dropout_seed(m);
+      memcpy(m->arena + scalar->offset, &seed, sizeof seed);
+    }
+    int status = push(m, scalar->offset, sizeof(float));
+    if (status) return status;
   }
+  return POCKTVM_OK;
+}
+
+static int64_t input_bytes(const pocktvm_input *input) {
+  int64_t nbytes = 4;
+  for (int32_t i = 0; i < input->ndim; i++) nbytes *= input->shape[i];
+  return nbytes;
 }
 
 static int set_inputs(pocktvm *m, const pk_program *program, const pocktvm_array *inputs) {
@@ -223,11 +258,22 @@ static int set_inputs(pocktvm *m, const pk_program *program, const pocktvm_array
                                m->arena + input->offset);
     if (status) return status;
   }
+  if (m->host_newer) {
+    int status = pk_send_state(m);
+    if (status) return status;
+  }
+  for (int32_t i = 0; m->device && i < program->n_inputs; i++) {
+    const pk_program_input *input = &program->inputs[i];
+    if (input->offset == PK_NOWHERE) continue;
+    int status = push(m, input->offset, input_bytes(&m->plan.inputs[input->index]));
+    if (status) return status;
+  }
   return POCKTVM_OK;
 }
 
 static int run_calls(pocktvm *m, const pk_bound *bound, int64_t *call_ns) {
   const pk_program *program = bound->program;
+  if (m->device) return pk_the_model.gpu->api->run(m, program, call_ns);
   pk_use_pool(m->pool);
   int64_t before = call_ns ? now_ns() : 0;
   for (int32_t i = 0; i < program->n_calls; i++) {
@@ -250,8 +296,10 @@ int pocktvm_step(pocktvm *m, const pocktvm_array *inputs, double lr, float *loss
   if (!program) return pk_fail(m, POCKTVM_BAD_INPUT, "this artifact has no training step");
   int status = set_inputs(m, program, inputs);
   if (status) return status;
-  set_scalars(m, program, lr);
+  if ((status = set_scalars(m, program, lr))) return status;
   if ((status = run_calls(m, &m->step, m->call_ns))) return status;
+  if ((status = pull(m, program->loss_offset, sizeof *loss))) return status;
+  m->device_newer = 1;
   m->plan.steps++;
   if (loss) memcpy(loss, m->arena + program->loss_offset, sizeof *loss);
   return POCKTVM_OK;
@@ -263,6 +311,8 @@ int pocktvm_predict(pocktvm *m, const pocktvm_array *inputs, float *output) {
     return pk_fail(m, POCKTVM_BAD_INPUT, "this artifact has no predict");
   int status = set_inputs(m, program, inputs);
   if (status || (status = run_calls(m, &m->predict, NULL))) return status;
+  if ((status = pull(m, program->output_offset, m->plan.output_size * (int64_t)sizeof *output)))
+    return status;
   memcpy(output, m->arena + program->output_offset, (size_t)m->plan.output_size * sizeof *output);
   return POCKTVM_OK;
 }
@@ -278,6 +328,9 @@ int pocktvm_tensor(pocktvm *m, const char *name, pocktvm_tensor_view *view) {
   for (int32_t i = 0; i < m->plan.n_tensors; i++) {
     const pk_tensor *tensor = &pk_the_model.tensors[i];
     if (!has_name(tensor, name)) continue;
+    int status = pk_fetch_state(m);
+    if (status) return status;
+    m->host_newer = m->device != NULL;
     *view = (pocktvm_tensor_view){
         .name = tensor->name,
         .kind = tensor->optimizer ? "optimizer" : "trained",

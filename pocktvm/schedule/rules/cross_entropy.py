@@ -24,7 +24,7 @@ Expr = Any
 SERIAL_ELEMENTS = 8192
 
 
-class _Rows:
+class ClassRows:
     """The shapes and the shared expressions of both kernels."""
 
     def __init__(self, ctx: Context, weights: str | None) -> None:
@@ -131,7 +131,7 @@ class CrossEntropy:
         count = _product(shape) // shape[axis]
 
         def body(ctx: Context) -> None:
-            rows = _Rows(ctx, weights)
+            rows = ClassRows(ctx, weights)
             losses = ctx.workspaces[0]
             with rows.loop() as r:
                 self._row(rows, r, losses, count)
@@ -145,7 +145,13 @@ class CrossEntropy:
 
         return Emitted(build(task, body, ((2 * count, "float32"),)), ((2 * count, "float32"),))
 
-    def _row(self, rows: _Rows, r: Expr, losses: Any, count: int) -> None:
+    def _row(self, rows: ClassRows, r: Expr, losses: Any, count: int) -> None:
+        loss, weight = self.row_loss(rows, r)
+        store(losses, r, loss, 1)
+        store(losses, count + r, weight, 1)
+
+    def row_loss(self, rows: ClassRows, r: Expr) -> tuple[Expr, Expr]:
+        """(loss, weight) of a row, before the division by the sum of weights."""
         label, counts = rows.row(r)
         top, total = rows.statistics(r)
         log_sum = T.bind(tirx.log(total) + top)
@@ -163,8 +169,7 @@ class CrossEntropy:
             loss = const(1 - rows.smoothing) * loss + (
                 const(rows.smoothing / rows.classes) * smooth * counts
             )
-        store(losses, r, loss, 1)
-        store(losses, count + r, weight, 1)
+        return loss, weight
 
 
 class CrossEntropyGrad:
@@ -187,7 +192,7 @@ class CrossEntropyGrad:
         weights = node.inputs[3] if len(node.inputs) > 3 else None
 
         def body(ctx: Context) -> None:
-            rows = _Rows(ctx, weights)
+            rows = ClassRows(ctx, weights)
             scale = local(1)
             store(scale, 0, const(0.0), 1)
             with T.serial(0, rows.count) as r:
@@ -203,7 +208,7 @@ class CrossEntropyGrad:
 
         return Emitted(build(task, body), inplace=((0, 0),))
 
-    def _row(self, ctx: Context, rows: _Rows, r: Expr, scale: Expr, every: Expr) -> None:
+    def _row(self, ctx: Context, rows: ClassRows, r: Expr, scale: Expr, every: Expr) -> None:
         out = ctx.buffers[ctx.task.node.outputs[0]]
         label, counts = rows.row(r)
         top, total = rows.statistics(r)

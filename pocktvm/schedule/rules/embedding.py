@@ -23,7 +23,7 @@ BLOCK = 64  # columns of one task
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
     """Shapes around the axis of a table."""
 
     outer: int
@@ -40,15 +40,17 @@ class _Table:
         return T.bind(tirx.Max(tirx.Min(index, last), zero))
 
 
-def _table(task: Task, table: str) -> _Table:
+def describe_table(task: Task, table: str) -> Table:
+    """The table of a task, and how many indices read it."""
     shape, attrs = task.shape(table), task.node.attrs
     axis = int(attrs.get("axis") or 0) % len(shape)
-    count = task.values[_indices(task)].size
+    count = task.values[index_input(task)].size
     outer, inner = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
-    return _Table(outer, shape[axis], inner, count, str(attrs.get("mode")))
+    return Table(outer, shape[axis], inner, count, str(attrs.get("mode")))
 
 
-def _indices(task: Task) -> str:
+def index_input(task: Task) -> str:
+    """The input that names rows of the table."""
     return task.node.inputs[2 if task.node.op == "take_update" else 1]
 
 
@@ -56,8 +58,8 @@ def _decline(task: Task, op: str) -> str | None:
     node = task.node
     if node.op != op:
         return f"not {op}"
-    if task.values[_indices(task)].dtype != "int32":
-        return f"indices of {task.values[_indices(task)].dtype}"
+    if task.values[index_input(task)].dtype != "int32":
+        return f"indices of {task.values[index_input(task)].dtype}"
     if any(task.values[n].size == 0 for n in (*node.inputs, *node.outputs)):
         return "an empty tensor"
     return None
@@ -79,7 +81,7 @@ class Take:
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
         """One row copy an index."""
         node, isa = task.node, task.target.isa
-        t = _table(task, node.inputs[0])
+        t = describe_table(task, node.inputs[0])
         dtype = moved_as(task.values[node.outputs[0]].dtype, isa)
         lanes = move_lanes(dtype, isa)
 
@@ -124,8 +126,8 @@ class TakeGrad:
         """Zeros everywhere (a gradient), then rows in order, block of columns by block."""
         node, isa = task.node, task.target.isa
         update = node.op == "take_update"
-        dy, indices = node.inputs[int(update)], _indices(task)
-        t = _table(task, node.outputs[0])
+        dy, indices = node.inputs[int(update)], index_input(task)
+        t = describe_table(task, node.outputs[0])
         skipped = node.attrs.get("padding_idx", -1)
         skipped = -1 if skipped is None else int(skipped)
         block = min(t.inner, BLOCK)

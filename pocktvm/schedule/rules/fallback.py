@@ -11,6 +11,7 @@ from typing import Any
 
 from pocktvm.errors import PockError
 from pocktvm.ir.graph import Node
+from pocktvm.ir.target import Target
 from pocktvm.schedule.default_schedule import schedule_prim_func
 from pocktvm.schedule.rule import Emitted, Knob, Task
 from pocktvm.tvm_api import broadcast_matmul, load_attrs, load_op, relax, single_prim_func, topi
@@ -64,8 +65,12 @@ class Fallback:
                 f"TVM has no implementation of '{node.op}' (layer '{node.layer}').\n"
                 "  Write the model without it, or add a rule to pocktvm/schedule/rules/."
             )
-        func, workspaces = schedule_prim_func(func, task.target)
+        func, workspaces = self.schedule(func, task.target)
         return Emitted(func, workspaces=workspaces)
+
+    def schedule(self, func: Any, target: Target) -> tuple[Any, tuple[tuple[int, str], ...]]:
+        """The function with a loop order for the target, and its temporaries."""
+        return schedule_prim_func(func, target)
 
 
 @spell("relax")

@@ -157,12 +157,13 @@ def _pad_by_index(move: _Move, before: Sequence[int], mode: str) -> None:
         place: Expr = tirx.const(0, "int32")
         goal: Expr = tirx.const(0, "int32")
         for index, width, extent, total in zip(indices, before, shape, out, strict=True):
-            place = place * extent + _inside(index - width, extent, mode)
+            place = place * extent + inside(index - width, extent, mode)
             goal = goal * total + index
         move.ctx.store(move.out.name, goal, move.ctx.load(source, place, 1), 1)
 
 
-def _inside(index: Expr, extent: int, mode: str) -> Expr:
+def inside(index: Expr, extent: int, mode: str) -> Expr:
+    """The source of an index outside [0, extent): mirrored, or the edge."""
     last, zero = tirx.const(extent - 1, "int32"), tirx.const(0, "int32")
     if mode == "reflect" and extent > 1:
         index = T.bind(index)

@@ -12,6 +12,7 @@ from typing import Any
 
 from pocktvm.schedule import emit
 from pocktvm.schedule.depthwise import Vectors, each_block
+from pocktvm.schedule.emit import Context
 from pocktvm.schedule.expression import Position, finish
 from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.rule import Emitted, Knob, Task
@@ -40,13 +41,13 @@ class Pool:
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
         """One loop over images and rows, then columns, then channels."""
-        kernel = _Pool(task, knobs["vectors"])
+        kernel = PoolNest(task, knobs["vectors"])
         func = emit.build(task, kernel.emit)
         size = task.values[kernel.node.outputs[0]].size
         return Emitted(func, inplace=inplace_pairs(task), flops=size * kernel.taps)
 
 
-class _Pool:
+class PoolNest:
     """The loop nest around one output pixel."""
 
     def __init__(self, task: Task, vectors: int) -> None:
@@ -72,6 +73,12 @@ class _Pool:
                 columns = self.span(self.columns, x)
                 each_block(c, ctx.lanes, self.vectors,
                            lambda at, v: self.body(self, rows, columns, at, v))  # fmt: skip
+
+    def element(self, ctx: Context, n: Expr, y: Expr, x: Expr, c: Expr) -> None:
+        """One element alone: what a thread of a GPU does."""
+        self.ctx, self.n, self.y, self.x = ctx, n, y, x
+        rows, columns = self.span(self.rows, y), self.span(self.columns, x)
+        self.body(self, rows, columns, c, [(0, 1)])
 
     def span(self, axis: Axis, at: Expr) -> Span:
         """Forward: the valid taps at an output. Gradient: the outputs whose window spans it."""
@@ -114,14 +121,14 @@ class _Pool:
                         yield oy, ox, T.bind(ky // dy), T.bind(kx // dx)
 
 
-def _accumulate(self: _Pool, vectors: Vectors, value: float) -> Any:
+def _accumulate(self: PoolNest, vectors: Vectors, value: float) -> Any:
     acc = emit.local(vectors[-1][0] + vectors[-1][1])
     for start, lanes in vectors:
         emit.store(acc, start, emit.const(value, lanes), lanes)
     return acc
 
 
-def _forward(self: _Pool, rows: Span, columns: Span, c: Expr, vectors: Vectors) -> None:
+def _forward(self: PoolNest, rows: Span, columns: Span, c: Expr, vectors: Vectors) -> None:
     largest = self.node.op == "max_pool2d"
     acc = _accumulate(self, vectors, LOWEST if largest else 0.0)
     with T.serial(*rows) as ty, T.serial(*columns) as tx:
@@ -138,7 +145,7 @@ def _forward(self: _Pool, rows: Span, columns: Span, c: Expr, vectors: Vectors) 
         self.finish(c + start, value, lanes)
 
 
-def _avg_grad(self: _Pool, rows: Span, columns: Span, c: Expr, vectors: Vectors) -> None:
+def _avg_grad(self: PoolNest, rows: Span, columns: Span, c: Expr, vectors: Vectors) -> None:
     acc = _accumulate(self, vectors, 0.0)
     for oy, ox, _, _ in self.windows(rows, columns):
         scale = self.inverse_count(self.rows.bounds(oy), self.columns.bounds(ox))
@@ -150,7 +157,7 @@ def _avg_grad(self: _Pool, rows: Span, columns: Span, c: Expr, vectors: Vectors)
         self.finish(c + start, emit.load(acc, start, lanes), lanes)
 
 
-def _max_grad(self: _Pool, rows: Span, columns: Span, c: Expr, vectors: Vectors) -> None:
+def _max_grad(self: PoolNest, rows: Span, columns: Span, c: Expr, vectors: Vectors) -> None:
     dout, source = self.node.inputs[:2]
     acc = _accumulate(self, vectors, 0.0)
     for oy, ox, ky, kx in self.windows(rows, columns):

@@ -13,6 +13,7 @@ import numpy as np
 
 from pocktvm.schedule import emit
 from pocktvm.schedule.depthwise import Vectors, each_block
+from pocktvm.schedule.emit import Context
 from pocktvm.schedule.expression import Position, finish
 from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.rule import Emitted, Knob, Task
@@ -43,7 +44,7 @@ class Resize:
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
         """One loop over images and rows, then columns, then channels."""
-        func = emit.build(task, _Resize(task).emit)
+        func = emit.build(task, ResizeNest(task).emit)
         return Emitted(func, inplace=inplace_pairs(task))
 
 
@@ -104,7 +105,9 @@ class Scale:
 _ZERO = np.float32(0)
 
 
-class _Resize:
+class ResizeNest:
+    """The loop nest around one output pixel."""
+
     def __init__(self, task: Task) -> None:
         self.task, self.node = task, anchor_of(task)
         self.out = task.shape(self.node.outputs[0])
@@ -123,12 +126,22 @@ class _Resize:
         n, h, w, c = self.out
         with outer(self.task, n * h, nbytes=4 * n * h * w * c) as f:
             self.n, self.y = T.bind(f // h), T.bind(f % h)
-            rows = self.rows.source(self.y) if self.forward else self.rows.readers(self.y)
+            rows = self.span(self.rows, self.y)
             with T.serial(0, w) as x:
                 self.x = x
-                columns = self.columns.source(x) if self.forward else self.columns.readers(x)
+                columns = self.span(self.columns, x)
                 body = self.interpolate if self.forward else self.gather
                 each_block(c, ctx.lanes, VECTORS, lambda at, v: body(rows, columns, at, v))
+
+    def element(self, ctx: Context, n: Expr, y: Expr, x: Expr, c: Expr) -> None:
+        """One element alone: what a thread of a GPU does."""
+        self.ctx, self.n, self.y, self.x = ctx, n, y, x
+        body = self.interpolate if self.forward else self.gather
+        body(self.span(self.rows, y), self.span(self.columns, x), c, [(0, 1)])
+
+    def span(self, axis: Scale, at: Expr) -> Any:
+        """Forward: what an output reads. Gradient: the outputs that may read an element."""
+        return axis.source(at) if self.forward else axis.readers(at)
 
     def load(self, y: Expr, x: Expr, c: Expr, lanes: int) -> Expr:
         """A vector of the source."""

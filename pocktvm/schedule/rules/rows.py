@@ -45,6 +45,14 @@ class Rows:
         """The sum over the row's length."""
         return T.bind(self.sum(value) * const(1.0 / self.extent))
 
+    def top(self, x: Any, base: Expr) -> Expr:
+        """The largest element of a row of x."""
+        return row_max(self.ctx, x, base, self.extent)
+
+    def sum_exp(self, x: Any, base: Expr, top: Expr) -> Expr:
+        """sum_i e**(x_i - top) over a row of x."""
+        return row_sum_exp(self.ctx, x, base, self.extent, top)
+
     def write(self, base: Expr, value: Callable[[Expr, int], Expr]) -> None:
         """Output 0 of a row from value(i, width)."""
         for i, width in vector_loop(self.extent, self.ctx.lanes, self.unroll):
@@ -59,7 +67,7 @@ class Rows:
 def softmax(rows: Rows, row: Expr, base: Expr) -> None:
     """e**(x - max) / sum."""
     x, y = rows.inputs[0], rows.outputs[0]
-    top = row_max(rows.ctx, x, base, rows.extent)
+    top = rows.top(x, base)
 
     def exponential(i: Expr, width: int) -> Expr:
         value = vm.exp(load(x, base + i, width) - splat(top, width), width)
@@ -74,8 +82,8 @@ def softmax(rows: Rows, row: Expr, base: Expr) -> None:
 def log_softmax(rows: Rows, row: Expr, base: Expr) -> None:
     """x - max - log(sum)."""
     x = rows.inputs[0]
-    top = row_max(rows.ctx, x, base, rows.extent)
-    total = row_sum_exp(rows.ctx, x, base, rows.extent, top)
+    top = rows.top(x, base)
+    total = rows.sum_exp(x, base, top)
     shift = T.bind(top + tirx.log(total))
     rows.write(base, lambda i, w: load(x, base + i, w) - splat(shift, w))
 

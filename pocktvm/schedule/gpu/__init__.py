@@ -1,0 +1,1 @@
+"""Rules for GPUs: loop nests bound to blocks and threads, one float a thread at a time."""
