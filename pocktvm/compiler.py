@@ -130,7 +130,10 @@ def compile(
 
     check = functools.partial(build.check, limit=limit)
     plain = graphs
-    graphs, kernels, plan, trade = levers.fitted(graphs, limit, device, compiled, check)
+    graphs, kernels, plan, trade = levers.fitted(
+        graphs, limit, device, compiled, check,
+        lambda parts: build.in_parts(parts, self_test), build.batch(),
+    )  # fmt: skip
 
     def emit(kernels: Kernels, plan: MemoryPlan, out: str | Path | None) -> Artifact:
         stages.enter("link")

@@ -1,12 +1,15 @@
 """What a build does so that its plan fits --budget, and what that costs.
 
-The first lever is to compute again what is too large to keep (passes/rematerialize.py). How low the
-step must get is known only when its kernels are (code, packed weights, workspaces), so graphs are
-shrunk by the estimate, compiled, and shrunk further by what the plan still exceeds the budget.
+The first lever is to compute again what is too large to keep (passes/rematerialize.py), the second
+to run the batch in parts (autodiff/micro_batch.py), both together if need be; of what fits, the
+quickest by estimate is taken. How low the step must get is known only when its kernels are (code,
+packed weights, workspaces), so graphs are shrunk by the estimate, compiled, and shrunk further by
+what the plan still exceeds the budget.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -30,6 +33,7 @@ from pocktvm.units import format_bytes
 Planned = tuple[Kernels, MemoryPlan]
 ATTEMPTS = 6  # compile, look at the plan, shrink by what is missing
 ROUNDS, SECONDS = 6, 16.0  # of measuring: turns of either artifact, and how long all take, about
+TOLERABLE = 1.15  # of a step's time: below that recomputation alone is taken without a look around
 MARGIN = 1.002  # packing loses a little of what a lower peak gains
 
 
@@ -39,6 +43,7 @@ class Trade:
     without; `measured`: the seconds are this machine's, otherwise a roofline's. Measured, `seconds`
     may be negative: what a smaller arena saves in cache misses can outweigh the work."""
 
+    parts: int
     kernels: int
     saved_bytes: int
     flops: int
@@ -53,8 +58,10 @@ class Trade:
 
     def __str__(self) -> str:
         how = "measured" if self.measured else "estimated"
+        done = [f"the batch runs in {self.parts} parts"] if self.parts > 1 else []
+        done += [f"{self.kernels} kernels run twice"] if self.kernels else []
         return (
-            f"to fit the budget {self.kernels} kernels run twice: "
+            f"to fit the budget {' and '.join(done)}: "
             f"-{format_bytes(self.saved_bytes)}, +{self.flops / 1e9:.2f} GFLOP a step "
             f"(+{self.flops / max(self.step_flops, 1):.1%}), "
             f"{1e3 * self.step_seconds:.2f} -> {1e3 * (self.step_seconds + self.seconds):.2f} ms "
@@ -95,26 +102,59 @@ def fitted(
     target: Target,
     compiled: Callable[[tuple[Graph, ...]], Planned],
     check: Callable[[tuple[Graph, ...], MemoryPlan | None], None],
+    in_parts: Callable[[int], Graph | None],
+    batch: int,
 ) -> tuple[tuple[Graph, ...], Kernels, MemoryPlan, Trade | None]:
     """Graphs, kernels and plan within `limit`, with the trade where levers were pulled.
 
-    `check` raises PockError for a plan, or for the graphs' lower bound, above the limit.
+    `check` raises PockError for a plan, or for the graphs' lower bound, above the limit; `in_parts`
+    gives the step that takes the batch in parts, or None.
     """
     if limit is None:
         return (graphs, *compiled(graphs), None)
+    in_parts = functools.cache(in_parts)
     aim, last = limit, None
     for attempt in range(ATTEMPTS):
-        now = shrunk(graphs, aim, target)
+        parts, now = _chosen(graphs, aim, target, in_parts, batch)
         check(now, None)
         if last is not None and all(a.nodes == b.nodes for a, b in zip(now, last, strict=True)):
             break
         kernels, plan = compiled(now)
         if plan.total_bytes <= limit:
-            return now, kernels, plan, trade(graphs, now, target)
+            return now, kernels, plan, trade(graphs, now, target, parts)
         last, over = now, plan.total_bytes - limit
         aim = min(aim, _total(now)) - int(over * (MARGIN if attempt == 0 else 1.2)) - 4096
     check(now, plan)
-    return now, kernels, plan, trade(graphs, now, target)
+    return now, kernels, plan, trade(graphs, now, target, parts)
+
+
+def _chosen(
+    graphs: tuple[Graph, ...], limit: int, target: Target,
+    in_parts: Callable[[int], Graph | None], batch: int,
+) -> tuple[int, tuple[Graph, ...]]:  # fmt: skip
+    """(parts, programs) of the quickest step that fits by estimate, or of the smallest. Parts are
+    looked at only where the whole batch does not fit or costs too much."""
+
+    def score_of(programs: tuple[Graph, ...]) -> tuple[int, float]:
+        return max(0, _total(programs) - limit), _seconds(programs[0], target)
+
+    plain, now = _seconds(graphs[0], target), shrunk(graphs, limit, target)
+    best, found = score_of(now), (1, now)
+    if best[0] == 0 and best[1] <= TOLERABLE * plain:
+        return found
+    for parts in (p for p in range(2, batch + 1) if batch % p == 0):
+        if (step := in_parts(parts)) is None:
+            break
+        now = shrunk((step, *graphs[1:]), limit, target)
+        if (score := score_of(now)) < best:
+            best, found = score, (parts, now)
+        if score[0] == 0:
+            break  # more parts keep less and cost more
+    return found
+
+
+def _seconds(graph: Graph, target: Target) -> float:
+    return sum(seconds(n, graph.values, target) for n in graph.nodes if n.op != "reshape")
 
 
 def _total(graphs: Sequence[Graph]) -> int:
@@ -124,19 +164,22 @@ def _total(graphs: Sequence[Graph]) -> int:
     return fixed + max(peak(g) for g in graphs)
 
 
-def trade(before: Sequence[Graph], after: Sequence[Graph], target: Target) -> Trade | None:
+def trade(
+    before: Sequence[Graph], after: Sequence[Graph], target: Target, parts: int = 1
+) -> Trade | None:
     """What `after` gave and took; None where nothing was done."""
-    again = [(n, g) for g in after for n in g.nodes if is_again(n) and n.op != "reshape"]
-    if not again:
+    again = [n for g in after for n in g.nodes if is_again(n) and n.op != "reshape"]
+    if not again and parts == 1:
         return None
-    step = before[0]
+    works = [sum(flops(n, g.values) for n in g.nodes) for g in (before[0], after[0])]
     return Trade(
+        parts=parts,
         kernels=len(again),
         saved_bytes=max(map(peak, before)) - max(map(peak, after)),
-        flops=sum(flops(n, g.values) for n, g in again),
-        step_flops=sum(flops(n, step.values) for n in step.nodes),
-        seconds=sum(seconds(n, g.values, target) for n, g in again),
-        step_seconds=sum(seconds(n, step.values, target) for n in step.nodes),
+        flops=works[1] - works[0],
+        step_flops=works[0],
+        seconds=_seconds(after[0], target) - _seconds(before[0], target),
+        step_seconds=_seconds(before[0], target),
     )
 
 

@@ -7,7 +7,7 @@ it touches a user's weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,13 +29,20 @@ def record_self_test(
     lr = float(optimizer.lr)
     read = {n: batch[n] for n in predict.inputs}
     output = evaluate(predict, read, lr=lr, keep=False).outputs["output"]
+    return SelfTest(batch, first_losses(step, batch, lr, steps), output, lr)
+
+
+def first_losses(
+    step: Graph, batch: Mapping[str, np.ndarray], lr: float, steps: int
+) -> tuple[float, ...]:
+    """The reference's losses of `steps` steps on one batch."""
     params: dict[str, np.ndarray] | None = None
     losses = []
     for t in range(1, steps + 1):
         result = evaluate(step, batch, params=params, lr=lr, t=t, keep=False)
         losses.append(float(result.outputs["loss"]))
         params = {**(params or {}), **result.updates}
-    return SelfTest(batch, tuple(losses), output, lr)
+    return tuple(losses)
 
 
 def synthetic_batch(inputs: Sequence[Input], seed: int = 0) -> dict[str, np.ndarray]:

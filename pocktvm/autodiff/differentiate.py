@@ -14,6 +14,7 @@ from typing import Any
 
 from pocktvm.autodiff.join_slices import join_slices
 from pocktvm.autodiff.losses import Loss
+from pocktvm.autodiff.micro_batch import unroll
 from pocktvm.autodiff.ops import PREFIX, dtype_of, layer_and_name
 from pocktvm.autodiff.optimizers import Optimizer
 from pocktvm.autodiff.prepare import ENTRY, Prepared, prepare
@@ -34,9 +35,12 @@ def differentiate(
     loss: Loss,
     optimizer: Optimizer,
     rates: Rates | None = None,
+    parts_of_batch: int = 1,
 ) -> tuple[Graph, Graph]:
     """The step and predict programs of `model` when `updated` (parameter -> share) learns; a share
-    that is a `Part` names the slice. With `rates` the step has them as its last input.
+    that is a `Part` names the slice. With `rates` the step has them as its last input. With several
+    `parts_of_batch`, `model` is that of one part and the step runs them one after the other (its
+    predict is then of no use).
 
     Raises PockError for an operator without a gradient on the way to a tensor that learns (all of
     them at once), and when no tensor of `updated` reaches the loss.
@@ -55,29 +59,32 @@ def differentiate(
         gradient = relax.transform.Gradient(ENTRY, require_grads=[wanted[n] for n in trained])
         module = gradient(prepared.module)
     parts = {n: part for n in trained if isinstance(part := updated[n], Part)}
-    step = _step(model, prepared, module[f"{ENTRY}_adjoint"], trained, optimizer, parts, rates)
-    return step, predict_graph(model, trained, parts)
+    builder, value, gradients = _backward(
+        model, prepared, module[f"{ENTRY}_adjoint"], trained, parts
+    )
+    if parts_of_batch > 1:
+        builder, value, gradients = unroll(builder, value, gradients, parts_of_batch, loss)
+    if rates is not None:
+        builder.input(rates.input.name, rates.input.shape, rates.input.dtype)
+    updates = optimizer.apply(builder, dict(zip(trained, gradients, strict=True)), parts, rates)
+    return builder.graph({"loss": value}, updates), predict_graph(model, trained, parts)
 
 
-def _step(
+def _backward(
     model: Model,
     prepared: Prepared,
     function: Any,
     trained: list[str],
-    optimizer: Optimizer,
     parts: Mapping[str, Part],
-    rates: Rates | None,
-) -> Graph:
+) -> tuple[GraphBuilder, str, list[str]]:
+    """The program up to the gradients: its builder, the loss, a gradient for each trained one."""
     builder = GraphBuilder("step")
     env = _sources(builder, model, prepared, function, trained, parts)
-    if rates is not None:
-        builder.input(rates.input.name, rates.input.shape, rates.input.dtype)
     converter = Converter(builder, env)
     forward_end = prepared.module[ENTRY].body.body.name
     loss, gradients = converter.run(function, forward_end)
     builder.nodes = join_slices(builder.nodes, builder.values)
-    updates = optimizer.apply(builder, dict(zip(trained, gradients, strict=True)), parts, rates)
-    return builder.graph({"loss": loss}, updates)
+    return builder, loss, list(gradients)
 
 
 def predict_graph(

@@ -25,7 +25,8 @@ layer_norm_grad      dy, x, g, mean, rstd -> dx           axes (dg, db are sums 
 rms_norm             x, g -> y, rstd                      axes (last one), eps
 rms_norm_grad        dy, x, g, rstd -> dx                 axes
 cross_entropy        logits, y -> loss()                  axis(class) label_smoothing ignore_index
-                     (+ weight[C] as third input)         mean reduction, torch's semantics
+                     (+ weight[C] as third input)         mean reduction, torch's semantics; reduction="sum"
+                                                          leaves the division out
 cross_entropy_grad   logits, y, dloss() -> dlogits        the same (+ weight[C] as fourth input)
 take                 table, indices -> y                  axis, mode  (an embedding is axis 0)
 put                  table, indices, rows -> y            axis: table with these rows; y is table's new value
@@ -43,7 +44,7 @@ strided_slice        x -> y                               begin end strides (one
 strided_slice_grad   dy -> dx                             the same: dy placed into zeros
 pad                  x -> y                               pad_width (2 per axis), mode constant|reflect|edge, value
                                                           negative widths crop
-dropout              x, seed() -> y                       p, key: 0 where the mask of (seed, key, element) drops,
+dropout              x, seed() -> y                       p, key, start: 0 where the mask of (seed, key, start + element) drops,
                                                           else x / (1 - p). Its own gradient; see DROPOUT below
 relax                anything TVM can legalize            op: Relax's name, relax_attrs: TVM's JSON of its attributes
 """  # noqa: E501

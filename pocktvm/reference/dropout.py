@@ -19,12 +19,15 @@ def step_seed(seed: int, t: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
-def dropout_mask(shape: Sequence[int], p: float, key: int, seed: int) -> np.ndarray:
-    """True where an element is kept. `seed` is the step's, `key` counts the model's dropouts."""
+def dropout_mask(
+    shape: Sequence[int], p: float, key: int, seed: int, start: int = 0
+) -> np.ndarray:
+    """True where an element is kept. `seed` is the step's, `key` counts the model's dropouts,
+    `start` is the index of the first element (of a part of a batch)."""
     count = int(np.prod(shape, dtype=np.int64))
     a = _mix(np.array([(seed % 2**32) ^ (key * 0x9E3779B9 % 2**32)], np.uint32))
     b = _mix(a + np.uint32(0x85EBCA6B))
-    h = _mix(_mix(np.arange(count, dtype=np.uint32) + a) + b)
+    h = _mix(_mix(np.arange(start, start + count, dtype=np.uint32) + a) + b)
     return (h >> np.uint32(8) >= round(p * 2**24)).reshape(tuple(shape))
 
 
@@ -45,6 +48,7 @@ def _splitmix(x: int) -> int:
 def dropout(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
     """x / (1 - p) where the mask keeps, else 0."""
     x, seed = args
-    mask = dropout_mask(x.shape, node.attrs["p"], node.attrs["key"], int(seed))
+    at = node.attrs.get("start", 0)
+    mask = dropout_mask(x.shape, node.attrs["p"], node.attrs["key"], int(seed), at)
     scaled = x * float(1.0 / (1.0 - node.attrs["p"]))
     return torch.where(torch.from_numpy(mask), scaled, torch.zeros_like(x))

@@ -89,6 +89,7 @@ def _cross_entropy(node: Node, logits: Tensor, y: Tensor, weight: Tensor | None)
         weight=weight,
         ignore_index=-100 if soft else _ignored(node),
         label_smoothing=node.attrs.get("label_smoothing", 0.0),
+        reduction=node.attrs.get("reduction", "mean"),
     )
 
 

@@ -36,6 +36,7 @@ class ClassRows:
         self.inner = _product(shape[axis + 1 :])
         self.count = self.outer * self.inner
         self.smoothing = float(node.attrs.get("label_smoothing", 0.0))
+        self.summed = node.attrs.get("reduction") == "sum"
         self.ignore = int(node.attrs.get("ignore_index", -100))
         self.logits, self.labels = ctx.buffers[node.inputs[0]], ctx.buffers[node.inputs[1]]
 
@@ -141,7 +142,8 @@ class CrossEntropy:
             with T.serial(0, count) as r:
                 for k in range(2):
                     store(total, k, load(total, k, 1) + load(losses, k * count + r, 1), 1)
-            ctx.store(node.outputs[0], 0, load(total, 0, 1) / load(total, 1, 1), 1)
+            mean = load(total, 0, 1) / load(total, 1, 1)
+            ctx.store(node.outputs[0], 0, load(total, 0, 1) if rows.summed else mean, 1)
 
         return Emitted(build(task, body, ((2 * count, "float32"),)), ((2 * count, "float32"),))
 
@@ -198,7 +200,8 @@ class CrossEntropyGrad:
             with T.serial(0, rows.count) as r:
                 label, counts = rows.row(r)
                 store(scale, 0, load(scale, 0, 1) + rows.weight(label) * counts, 1)
-            store(scale, 0, ctx.load(dloss, 0, 1) / load(scale, 0, 1), 1)
+            mean = ctx.load(dloss, 0, 1) / load(scale, 0, 1)
+            store(scale, 0, ctx.load(dloss, 0, 1) if rows.summed else mean, 1)
             every = const(float(rows.classes))
             if weights is not None:
                 buffer = ctx.buffers[weights]
