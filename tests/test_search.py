@@ -236,20 +236,22 @@ def test_scheme_then_build(tmp_path, data, method):
     assert facts["trials"] == 5 + 4 * 4 or facts["trials"] == len(table.read_text().split()) - 1
     assert facts["chosen"] in facts["frontier"]
     assert Scheme.from_toml(toml).mapping == facts["scheme"]
-    limit = (facts["chosen"]["total_bytes"] + facts["frontier"][0]["total_bytes"]) // 2
+    limit = (3 * facts["plan_bytes"] + facts["frontier"][0]["total_bytes"]) // 4
     before = table.read_bytes()
     done, text = run("scheme", MLP, *common, "--analysis", table, "--budget", limit, "--json")
     assert done.exit_code == 0 and table.read_bytes() == before  # other budgets: no new trials
-    smaller = json.loads(done.stdout)["chosen"]
-    assert smaller["total_bytes"] <= limit < facts["chosen"]["total_bytes"]
+    smaller = json.loads(done.stdout)
+    assert smaller["plan_bytes"] <= limit < facts["plan_bytes"]
+    assert smaller["chosen"]["gain"] < facts["chosen"]["gain"]
     done, text = run(
         "build", MLP, "--scheme", "auto", "--analysis", table, "--budget", limit,
         "--optimizer", "adam", "-o", tmp_path / "artifact", "--json",
     )  # fmt: skip
     assert done.exit_code == 0, text
     built = json.loads(done.stdout)
-    assert built["scheme"] == "auto" and built["plan"]["total_bytes"] <= limit
-    assert set(smaller["weights"]) <= set(built["updated"])
+    assert built["scheme"] == "auto"
+    assert built["plan"]["total_bytes"] == smaller["plan_bytes"]
+    assert set(smaller["scheme"]) == set(built["updated"])
 
 
 @pytest.mark.build

@@ -105,7 +105,7 @@ def _facts(found: Found, target: str, budget: int | None) -> dict[str, Any]:
         "model": found.table.facts["model"], "target": target, "budget_bytes": budget,
         "method": found.table.facts["method"], "analysis": str(found.table.path),
         "trials": len(found.table.rows), "steps": found.table.facts["steps"],
-        "chosen": point(found.choice), "scheme": found.mapping(),
+        "chosen": point(found.choice), "plan_bytes": found.planned_bytes, "scheme": found.mapping(),
         "frontier": [point(choice) for choice in found.frontier],
     }  # fmt: skip
 
@@ -125,9 +125,11 @@ def _show(facts: dict[str, Any], out: Path | None) -> None:
             f"{point['step_ms']:6.1f} ms  {point['bias_depth']:>9}  {len(point['weights'])}"
         )
     chosen, budget = facts["chosen"], facts["budget_bytes"]
-    if budget is not None and chosen["total_bytes"] > budget:
-        print("note: with its code, which is estimated here, even this may not fit the budget")
-    print(f"\nchosen: biases of {chosen['bias_depth']} blocks, the classifier, and")
+    planned = format_bytes(facts["plan_bytes"])
+    print(f"\nchosen, planned with its kernels at {planned}: the classifier,")
+    print(f"  biases of {chosen['bias_depth']} blocks")
+    if budget is not None and facts["plan_bytes"] > budget:
+        print("  (more than the budget: a build fits it by computing again, or refuses)")
     for name, share in chosen["weights"].items():
         print(f"  {name}" + ("" if share == 1 else f"  ({share:g} of its input channels)"))
     print(f"table: {facts['analysis']}" + (f"; scheme: {out}" if out else ""))

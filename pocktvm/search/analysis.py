@@ -173,8 +173,8 @@ def _open(
     )  # fmt: skip
     plan = trainer.plan
     code = plan.total_bytes - plan.arena_bytes - plan.by_class.get("frozen", 0)
-    work = cost_of(step, load_target("host")).work
-    return bench, {"full_work": work, "kernel_bytes": code / count_kernels(step)}
+    pace = cost_of(step, load_target("host")).work
+    return bench, {"full_work": pace, "kernel_bytes": code / count_kernels(step)}
 
 
 def _options(build: Build) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pocktvm.search.table import Table
 from pocktvm.units import format_bytes
 
 Progress = Callable[[str, str], None]
+ATTEMPTS = 4  # choose, plan what was chosen, choose again within what that left
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Found:
     table: Table
     candidates: Candidates
     pace: float  # modelled seconds per second of the roofline
+    planned_bytes: int  # of the choice, its kernels compiled
 
     def seconds(self, choice: Choice) -> float:
         """Modelled time of a step: its roofline, for this machine at the pace measured here."""
@@ -81,10 +83,28 @@ def search(
     if build.target.is_host:
         pace = float(table.facts["step_seconds"] / table.facts["full_work"])
     work = None if step_seconds is None else step_seconds / pace
-    choice = selector.best(Limits(limit, work))
+    choice, planned = _fitting(selector, limit, work, progress)
     if explore:
         selector.explore(choice)
-    return Found(choice, selector.frontier(choice), table, candidates, pace)
+    return Found(choice, selector.frontier(choice), table, candidates, pace, planned)
+
+
+def _fitting(
+    selector: Selector, limit: int | None, work: float | None, progress: Progress | None
+) -> tuple[Choice, int]:
+    """The best choice whose plan, kernels compiled, is within the limit, and that plan's bytes.
+
+    Choices are compared by estimates; what those miss of the real plan is taken off the limit.
+    """
+    missed = 0
+    for _ in range(ATTEMPTS):
+        bound = None if limit is None else max(0, limit - missed)
+        choice = selector.best(Limits(bound, work))
+        planned = selector.planner.plan(choice.updated, progress)
+        if limit is None or planned <= limit or (choice.depth, choice.weights) == ("0", {}):
+            break
+        missed = max(missed + 1, planned - choice.cost.total_bytes)
+    return choice, planned
 
 
 def default_path(model: Model, method: str) -> Path:
@@ -130,7 +150,7 @@ def to_toml(found: Found, target: str, limit: int | None) -> str:
     about = {
         "model": facts["model"], "target": target, "method": facts["method"],
         "optimizer": facts["optimizer"], "expected_gain": round(choice.gain, 6),
-        "plan_bytes": choice.cost.total_bytes,
+        "plan_bytes": found.planned_bytes,
         **({} if limit is None else {"budget_bytes": limit}),
     }  # fmt: skip
     lines = ["[about]", *(f"{k} = {json.dumps(v)}" for k, v in about.items()), "", "[update]"]

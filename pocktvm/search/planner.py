@@ -7,7 +7,7 @@ a step's time by the roofline of passes/costs.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,11 @@ from pocktvm.ir.target import Target
 from pocktvm.levers import shrunk
 from pocktvm.passes import run_passes
 from pocktvm.passes.costs import seconds
+from pocktvm.schedule import schedule
+from pocktvm.schedule.compile_kernel import KernelCompiler
+from pocktvm.tuning.records import Records
+
+Progress = Callable[[str, str], None]
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,19 @@ class Planner:
         step, _ = differentiate(self.model, updated, self.loss, self.optimizer)
         return run_passes(step, self.target)
 
+    def plan(self, updated: Mapping[str, float], progress: Progress | None = None) -> int:
+        """Bytes of the very plan a build of this choice makes, its kernels compiled."""
+        pair = differentiate(self.model, updated, self.loss, self.optimizer)
+        graphs = tuple(run_passes(g, self.target) for g in pair)
+
+        def detail(text: str) -> None:
+            if progress:
+                progress("compile the chosen scheme", text)
+
+        compiler = KernelCompiler(knobs_for=Records(self.target).knobs)
+        kernels = schedule(graphs, self.target, progress=detail, compiler=compiler)
+        return memory.plan(kernels).total_bytes
+
     def least(self, updated: Mapping[str, float], limit: int) -> Cost:
         """The cost when the build computes again what it need not keep (levers.py) to get within
         `limit`, as far as that goes."""
@@ -84,8 +102,18 @@ def cost_of(step: Graph, target: Target, kernel_bytes: float = 0) -> Cost:
     """The cost of an optimised step."""
     plan = memory.estimate([step])
     work = sum(seconds(n, step.values, target) for n in step.nodes if n.op not in VIEWS)
-    code = int(kernel_bytes * count_kernels(step))
-    return Cost(plan.total_bytes + code, plan.arena_bytes, work)
+    more = int(kernel_bytes * count_kernels(step)) + repacked_bytes(step)
+    return Cost(plan.total_bytes + more, plan.arena_bytes, work)
+
+
+def repacked_bytes(step: Graph) -> int:
+    """What frozen weights take beyond once: the forward and the gradient read another packing."""
+    readers: dict[str, set[Any]] = {}
+    for node in (part for n in step.nodes for part in n.kernel_nodes()):
+        if node.op in ("conv2d", "conv2d_input_grad", "matmul") and node.inputs[1] in step.consts:
+            turned = bool(node.attrs.get("transpose_b"))
+            readers.setdefault(node.inputs[1], set()).add((node.op, turned))
+    return sum(int(step.consts[n].nbytes) * (len(kinds) - 1) for n, kinds in readers.items())
 
 
 def count_kernels(step: Graph) -> int:
