@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pocktvm.ir.target import Isa
+from pocktvm.schedule.dot import tile_cycles
 from pocktvm.schedule.emit import (
     Context,
     const,
@@ -35,15 +36,19 @@ UNROLL = 4  # of the k loop
 def register_tile(isa: Isa, gemm: Gemm) -> tuple[int, int]:
     """(MR, NR) that fill the registers without spilling, shrunk to the problem.
 
-    16 registers: 6 rows x 2 vectors; 32: 12 x 2 or 8 x 3; NEON by lanes 7 x 3, or 8 x 3 where A is
-    read transposed (instructions per FMA 1.21 and 1.13; 6 x 4 spills).
+    16 registers: 6 rows x 2 vectors; 32: 8 x 3, 6 x 4 or 12 x 2, whatever suits M and N (12 rows of
+    A a power of two apart are more than a cache set holds: 12 % slower); NEON by lanes 7 x 3, or
+    8 x 3 where A is read transposed (instructions per FMA 1.21 and 1.13; 6 x 4 spills).
     """
     budget = 24 if isa.vector_registers >= 32 else 12
     if isa.lane_fma and not gemm.transpose_a:
         budget = 21
     vectors_n = ceil_div(gemm.n, isa.lanes)
-    wide = (3, 2, 4) if isa.lane_fma else (2, 3)
-    nv = next((v for v in wide if vectors_n % v == 0), wide[0])
+    if isa.lane_fma or isa.vector_registers < 32:
+        wide = (3, 2, 4) if isa.lane_fma else (2, 3)
+        nv = next((v for v in wide if vectors_n % v == 0), wide[0])
+    else:
+        nv = min((3, 4, 2), key=lambda v: (_cycles(isa, gemm.m, vectors_n, budget // v, v), v))
     if gemm.m * nv < budget:  # few rows: more columns keep the pipeline full
         nv = min(max(nv, budget // gemm.m), 16)
     nv = balanced(vectors_n, nv)
@@ -51,6 +56,14 @@ def register_tile(isa: Isa, gemm: Gemm) -> tuple[int, int]:
     if gemm.m <= 20 * mr:
         mr = balanced(gemm.m, mr)
     return mr, nv * isa.lanes
+
+
+def _cycles(isa: Isa, m: int, vectors_n: int, rows: int, v: int) -> float:
+    """Cycles of one k over the whole of C, tails included (dot.tile_cycles)."""
+    rows = min(rows, m)
+    heights = [(rows, m // rows), (m % rows, 1)] if m % rows else [(rows, m // rows)]
+    widths = [(v, vectors_n // v), (vectors_n % v, 1)] if vectors_n % v else [(v, vectors_n // v)]
+    return sum(tile_cycles(isa, r, w) * i * j for r, i in heights for w, j in widths)
 
 
 @dataclass

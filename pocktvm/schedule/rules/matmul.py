@@ -42,7 +42,7 @@ from pocktvm.tvm_api import T, tirx
 
 Expr = Any
 SMALL_B = 160 * 1024  # bytes of B below which rows go outside: B stays in L2
-PANEL_BYTES = 32 * 1024  # of a panel's block a worker copies
+PANEL_BYTES = 32 * 1024  # of a panel's block a worker copies, or an eighth of the L2
 PARTIAL_BYTES = 24 * 1024  # of a worker's partial sums, when K takes several blocks
 
 
@@ -61,12 +61,13 @@ class Matmul:
         gemm, isa = _describe(task), task.target.isa
         mr, nr = register_tile(isa, gemm)
         forms = _forms(task, gemm)
+        panel = max(PANEL_BYTES, isa.l2_bytes // 8)  # sums in memory cost more than B from the L2
         return {
             "form": Knob(forms, _default_form(task, gemm, mr, forms)),
             "mr": Knob(_around(mr, (2, 4, 6, 7, 8, 10, 12, 14), gemm.m), mr),
             "nr": Knob(_around(nr, tuple(isa.lanes * v for v in (1, 2, 3, 4)), gemm.n), nr),
             "order": Knob(("rows", "panels"), _default_order(gemm)),
-            "kc": Knob((64, 128, 256, 512, 1024), _depth(gemm.k, PANEL_BYTES // (4 * nr))),
+            "kc": Knob((64, 128, 256, 512, 1024), _depth(gemm.k, panel // (4 * nr))),
         }
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
