@@ -9,6 +9,7 @@ from typing import Any
 _HOMES = {
     "compile": "pocktvm.compiler",
     "load": "pocktvm.runtime.trainer",
+    "evaluate": "pocktvm.experiment",
     "Trainer": "pocktvm.runtime.trainer",
     "Artifact": "pocktvm.artifact",
     "Scheme": "pocktvm.ir.scheme",

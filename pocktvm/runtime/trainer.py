@@ -156,6 +156,11 @@ class Trainer:
         self._live().load(os.path.abspath(path))
 
     @property
+    def loss(self) -> str:
+        """The loss it was built with."""
+        return str(self._manifest["loss"])
+
+    @property
     def steps(self) -> int:
         """Steps done since the initial weights, those before a loaded checkpoint included."""
         return int(self._live().info()["steps"])

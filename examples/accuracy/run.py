@@ -1,0 +1,122 @@
+"""How accurate does each scheme become, and what does it cost? One task, several schemes and seeds.
+
+    python examples/accuracy/run.py mobilenetv2-0.35 --data FOLDER --schemes full,last,auto:0.25
+
+`auto:0.25` searches with a quarter of the bytes that `full` plans. Results are appended to a file,
+one line a scheme; what is there already is not run again. The table and, where matplotlib is
+installed, the plot are made from that file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tasks import TASKS, Task
+
+import pocktvm
+from pocktvm.cli.progress import Progress
+from pocktvm.experiment import table
+from pocktvm.frontend.resolve import resolve_model
+
+SCHEMES = "full,last,bias:7,pockengine,lora:4:r=4,auto:0.25,auto:0.125"
+
+
+def main() -> int:
+    """Run what is missing, then show all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--data", type=Path, default=os.environ.get("POCKTVM_DATA"))
+    parser.add_argument("--schemes", default=SCHEMES, help="separated by commas")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lrs", default="3e-4,1e-3,3e-3", help="tried on held-out samples")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--limit", type=int, help="training samples")
+    parser.add_argument("--minutes", type=float, default=10, help="of a search")
+    parser.add_argument("--out", type=Path, default=Path("build/accuracy"))
+    options = parser.parse_args()
+    if options.data is None or not Path(options.data).is_dir():
+        parser.error("give --data FOLDER (see README.md beside this file)")
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{options.task}.jsonl"
+    run_missing(TASKS[options.task], options, path)
+    results = read(path)
+    text = table(results)
+    (options.out / f"{options.task}.md").write_text(text + "\n")
+    print(text)
+    plot(results, options.task, options.out / f"{options.task}.png")
+    return 0
+
+
+def run_missing(task: Task, options: argparse.Namespace, path: Path) -> None:
+    """Append a line for each scheme that has none."""
+    train, test = task.load(Path(options.data), options.limit)
+    weights = Path(options.data) / task.weights
+    for scheme in options.schemes.split(","):
+        if scheme in read(path):
+            continue
+        with Progress() as bar:
+            artifact = compiled(task, weights, scheme, train, options, path, bar)
+            result = pocktvm.evaluate(
+                artifact, train, test, seeds=range(options.seeds), epochs=options.epochs,
+                lrs=[float(lr) for lr in options.lrs.split(",")],
+                progress=lambda stage, detail, s=scheme: bar(f"{s}: {stage}", detail),
+            )  # fmt: skip
+        line = {"scheme": scheme, **result.facts(), "updated": artifact.updated}
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{scheme}: {result.mean:.4f}", file=sys.stderr)
+
+
+def compiled(
+    task: Task, weights: Path, scheme: str, train: Any, options: Any, path: Path, bar: Any
+) -> pocktvm.Artifact:
+    """The artifact of a scheme; `auto:SHARE` searches with that share of full's bytes."""
+    name, _, share = scheme.partition(":")
+    auto = name == "auto"
+    source = resolve_model(task.model, batch=task.batch, weights=weights)
+    budget = None
+    if auto and share:
+        budget = int(float(share) * read(path)["full"]["total_bytes"])
+    return pocktvm.compile(
+        source.module, source.example_inputs, scheme=name if auto else scheme, loss=source.loss,
+        optimizer=task.optimizer, name=source.name, published=source.scheme, mean=source.mean,
+        scale=source.scale, budget=budget, samples=train if auto else None,
+        analysis=options.out / f"{options.task}.analysis.jsonl" if auto else None, progress=bar,
+    )  # fmt: skip
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What was run so far, by scheme."""
+    if not path.is_file():
+        return {}
+    return {row["scheme"]: row for row in map(json.loads, path.read_text().splitlines())}
+
+
+def plot(results: dict[str, Any], title: str, path: Path) -> None:
+    """Score against memory and against time."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print("no plot: pip install matplotlib", file=sys.stderr)
+        return
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    columns = (("total_bytes", 1e-6, "plan, MB"), ("step_ms", 1, "step, ms"))
+    for panel, (key, factor, label) in zip(panels, columns, strict=True):
+        for name, row in results.items():
+            error = row["standard_error"]
+            panel.errorbar(row[key] * factor, row["mean"], yerr=error, fmt="o", capsize=3)
+            panel.annotate(name, (row[key] * factor, row["mean"]), fontsize=7)
+        panel.set_xlabel(label)
+    panels[0].set_ylabel("score on the test samples")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""How accurate does an artifact become? Repeated over seeds, tuned on held-out samples.
+
+For every seed: a random part of the training samples is held out, the learning rate is the one
+whose held-out loss is lowest, training stops when that loss no longer falls and goes back to where
+it was lowest, and the test samples are looked at once, at the end. Imports neither torch nor TVM.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocktvm.data import check_data
+from pocktvm.errors import PockError
+from pocktvm.metrics import Metrics
+from pocktvm.runtime.trainer import Trainer, load
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed. `accuracy` is None where the loss has no classes; losses are means a sample."""
+
+    seed: int
+    lr: float
+    epochs: int
+    held_out_loss: float
+    test_loss: float
+    accuracy: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All seeds of one artifact, with what it costs."""
+
+    runs: tuple[Run, ...]
+    arena_bytes: int
+    total_bytes: int
+    step_seconds: float
+
+    @property
+    def scores(self) -> list[float]:
+        """Accuracies; where there are none, test losses."""
+        found = [r.test_loss if r.accuracy is None else r.accuracy for r in self.runs]
+        return [float(v) for v in found]
+
+    @property
+    def mean(self) -> float:
+        """Of the scores."""
+        return float(np.mean(self.scores))
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean over the seeds; NaN for a single one."""
+        count = len(self.runs)
+        return float(np.std(self.scores, ddof=1) / math.sqrt(count)) if count > 1 else math.nan
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "mean": self.mean, "standard_error": self.standard_error,
+            "arena_bytes": self.arena_bytes, "total_bytes": self.total_bytes,
+            "step_ms": 1e3 * self.step_seconds, "runs": [asdict(r) for r in self.runs],
+        }  # fmt: skip
+
+
+def evaluate(
+    artifact: Any,
+    train: Arrays,
+    test: Arrays,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    lrs: Sequence[float] = (3e-4, 1e-3, 3e-3),
+    epochs: int = 10,
+    patience: int = 2,
+    held_out: float = 0.1,
+    threads: int | None = None,
+    progress: Callable[[str, str], None] | None = None,
+) -> Evaluation:
+    """Train `artifact` (an Artifact, or its folder) once a seed and a learning rate.
+
+    train, test   arrays by input name, labels as `y`, axis 0 samples
+    patience      epochs without a lower held-out loss after which a run ends
+    held_out      share of the training samples that only choose (rate, epoch)
+
+    Raises PockError for data the artifact does not take, and for too little of it.
+    """
+    folder = Path(getattr(artifact, "path", artifact))
+    with load(folder, threads) as trainer:
+        bench = _Bench(trainer, train, test, held_out)
+        runs = []
+        for seed in seeds:
+            best = None
+            for lr in sorted(lrs):
+                if progress:
+                    progress(f"seed {seed}", f"lr {lr:g}")
+                run = bench.fit(seed, lr, epochs, patience)
+                if best is None or run.held_out_loss < best.held_out_loss:
+                    best = run
+                    bench.keep()
+            if best is not None:
+                runs.append(bench.tested(best))
+        return Evaluation(
+            tuple(runs), trainer.plan.arena_bytes, trainer.plan.total_bytes, bench.step_seconds
+        )
+
+
+class _Bench:
+    """A trainer with checked data."""
+
+    def __init__(self, trainer: Trainer, train: Arrays, test: Arrays, held_out: float) -> None:
+        self.trainer = trainer
+        self.train = check_data(train, trainer.inputs, where="the training data")
+        self.test = check_data(test, trainer.inputs, where="the test data", whole_batch=False)
+        self.names = [i.name for i in trainer.inputs]
+        self.batch = trainer.inputs[0].shape[0]
+        self.loss = str(trainer.loss)
+        count = len(self.train[self.names[0]])
+        self.held_out = max(self.batch, int(held_out * count))
+        if not 0 < held_out < 1 or count - self.held_out < self.batch:
+            raise PockError(
+                f"{count} samples do not leave a batch of {self.batch} to train on beside "
+                f"{self.held_out} held out; give more samples."
+            )
+        self.step_seconds = math.inf
+        self.work = tempfile.TemporaryDirectory(prefix="pocktvm-evaluate-")
+        names = ("start", "best", "kept")
+        self.start, self.best, self.kept = (Path(self.work.name) / n for n in names)
+        trainer.save(self.start)
+
+    def fit(self, seed: int, lr: float, epochs: int, patience: int) -> Run:
+        """One run from the artifact's weights; the trainer then holds its best epoch. The test
+        samples are not looked at: see `tested`."""
+        began = time.perf_counter()
+        rng = np.random.default_rng(seed)
+        order = rng.permutation(len(self.train[self.names[0]]))
+        held, rows = order[: self.held_out], order[self.held_out :]
+        self.trainer.load(self.start)
+        lowest, best_epoch = math.inf, 0
+        for epoch in range(1, epochs + 1):
+            self._epoch(rng.permutation(rows), lr)
+            loss = float(self._measure(self.train, held)["loss"] or 0.0)
+            if loss < lowest:
+                lowest, best_epoch = loss, epoch
+                self.trainer.save(self.best)
+            if not math.isfinite(loss) or epoch - best_epoch >= patience:
+                break
+        self.trainer.load(self.best if best_epoch else self.start)
+        return Run(seed, lr, best_epoch, lowest, math.nan, None, time.perf_counter() - began)
+
+    def keep(self) -> None:
+        """Remember the weights of the run that just ended."""
+        self.trainer.save(self.kept)
+
+    def tested(self, run: Run) -> Run:
+        """`run`, whose weights were kept, with its score on the test samples."""
+        self.trainer.load(self.kept)
+        found = self._measure(self.test, np.arange(len(self.test[self.names[0]])))
+        accuracy = None if found["accuracy"] is None else float(found["accuracy"])
+        return replace(run, test_loss=float(found["loss"] or 0.0), accuracy=accuracy)
+
+    def _epoch(self, rows: np.ndarray, lr: float) -> None:
+        for at in range(0, len(rows) - self.batch + 1, self.batch):
+            chosen = np.sort(rows[at : at + self.batch])
+            arrays = [np.asarray(self.train[n][chosen]) for n in self.names]
+            began = time.perf_counter()
+            self.trainer.step(*arrays, lr=lr)
+            self.step_seconds = min(self.step_seconds, time.perf_counter() - began)
+
+    def _measure(self, arrays: Arrays, rows: np.ndarray) -> dict[str, Any]:
+        """Loss and accuracy over these samples; a last partial batch is padded and not counted."""
+        metrics, labelled = Metrics(self.loss), not self.loss.startswith("none")
+        for at in range(0, len(rows), self.batch):
+            chosen = rows[at : at + self.batch]
+            padded = np.concatenate([chosen, np.repeat(chosen[-1:], self.batch - len(chosen))])
+            names = self.names[:-1] if labelled else self.names
+            output = self.trainer.predict(*[np.asarray(arrays[n][padded]) for n in names])
+            if labelled:
+                metrics.add(output[: len(chosen)], np.asarray(arrays[self.names[-1]][chosen]))
+            else:
+                metrics.add(output, None)
+        return metrics.result()
+
+
+def table(results: Mapping[str, Evaluation | Mapping[str, Any]]) -> str:
+    """A Markdown table: score as mean ± standard error, rates chosen, memory, time of a step."""
+    lines = [
+        "| scheme | score | lr by seed | arena | plan | step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        facts = result.facts() if isinstance(result, Evaluation) else result
+        error = facts["standard_error"]
+        rates = ", ".join(f"{run['lr']:g}" for run in facts["runs"])
+        spread = "" if error is None or math.isnan(error) else f" ± {error:.4f}"
+        lines.append(
+            f"| {name} | {facts['mean']:.4f}{spread} | {rates} | "
+            f"{facts['arena_bytes'] / 1e6:.2f} MB | {facts['total_bytes'] / 1e6:.2f} MB | "
+            f"{facts['step_ms']:.1f} ms |"
+        )
+    return "\n".join(lines)
