@@ -52,7 +52,7 @@ build: $(STAMP) $(NVRTC) ## build/$(TARGET)/<model>/: compile MODEL for TARGET (
 test: $(STAMP) ## the tests (the full matrices: ARGS="-m slow")
 	@$(BIN)/python -m pytest $(ARGS)
 
-check: $(STAMP) ## ruff, mypy and the tests that need no compiler run: about a minute
+check: $(STAMP) ## ruff, mypy and the tests that compile nothing: a minute or two
 	@$(BIN)/ruff check pocktvm tests examples benchmarks
 	@$(BIN)/mypy pocktvm
 	@$(BIN)/python -m pytest -m 'not slow and not emulated and not build' $(ARGS)

@@ -11,6 +11,8 @@ from benchmarks.contestants import Script
 from benchmarks.peers import PeersDir, load_weights
 from benchmarks.step import _parser, _peers, check_losses, summary
 
+pytestmark = pytest.mark.build
+
 LINE = {"ms_per_step_median": 4.0, "loss0": 2.5, "peak_rss_mb": 3.0}
 
 

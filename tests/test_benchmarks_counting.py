@@ -19,6 +19,8 @@ from pocktvm.schedule.rules.matmul import Matmul
 from pocktvm.targets import load_target
 from pocktvm.tuning.counter import CannotCount, Counts, build_plugin
 
+pytestmark = pytest.mark.build
+
 FMLA, LOAD, ADD = 0x4E20CC00, 0x3DC00000, 0x11000400  # fmla v0.4s; ldr q0, [x0]; add w0, w0, 1
 SPILL = 0x3DC003E0  # ldr q0, [sp]
 LANE = 0x4F801000  # fmla v0.4s, v0.4s, v0.s[0]

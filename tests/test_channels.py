@@ -22,6 +22,8 @@ from pocktvm.ir.scheme import Scheme
 from pocktvm.passes import run_passes
 from pocktvm.reference import evaluate
 
+pytestmark = pytest.mark.build
+
 STEPS = 4
 
 

@@ -32,6 +32,8 @@ from tests.test_schedule_pool import geometry as pool_geometry
 from tests.test_schedule_reduce import CASES as REDUCTIONS
 from tests.test_schedule_reduce import reduced
 
+pytestmark = pytest.mark.build
+
 GUARD = 64  # elements on either side of a buffer, which must stay as they were
 rng = np.random.default_rng(0)
 

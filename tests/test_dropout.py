@@ -17,6 +17,8 @@ from pocktvm.errors import PockError
 from pocktvm.frontend.torch import import_torch
 from pocktvm.reference.dropout import dropout_mask, step_seed
 
+pytestmark = pytest.mark.build
+
 SEED, LR = 7, 0.05
 
 

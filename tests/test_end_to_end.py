@@ -21,6 +21,8 @@ from tests.equality import (
     torch_run,
 )
 
+pytestmark = pytest.mark.build
+
 FAST = {"mlp", "cnn", "mobilenetv2", "bert", "llama"}
 # Rates at which torch's float32 agrees with its float64: above them a ReLU that flips decides.
 LR = dict.fromkeys(("mobilenetv2", "mcunet", "resnet18", "resnet50"), 1e-3)

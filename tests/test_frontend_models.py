@@ -12,6 +12,8 @@ from pocktvm.frontend.torch import import_torch
 from pocktvm.ir.scheme import Scheme
 from pocktvm.models import MODELS, build
 
+pytestmark = pytest.mark.build
+
 SMALL_TEXT = "depth=2,dim=32,heads=4,hidden=48,vocab=60,tokens=8"
 ZOO = {
     "mlp": "mlp:hidden=24",

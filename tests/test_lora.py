@@ -19,6 +19,8 @@ from pocktvm.frontend.lora import add_adapters
 from pocktvm.frontend.source import import_model
 from pocktvm.ir.scheme import Scheme
 
+pytestmark = pytest.mark.build
+
 STEPS = 5
 
 

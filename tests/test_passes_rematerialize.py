@@ -16,6 +16,8 @@ from pocktvm.passes.liveness import Lifetimes
 from pocktvm.passes.order import order
 from pocktvm.passes.rematerialize import AGAIN, is_again, rematerialize
 
+pytestmark = pytest.mark.build
+
 
 def peak(graph: Graph) -> int:
     return int(Lifetimes(graph, graph.nodes, graph.values).live().max())

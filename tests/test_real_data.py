@@ -13,7 +13,7 @@ import pocktvm
 from pocktvm.frontend.resolve import Source, resolve_model
 from tests.frontend_tools import data_folder
 
-pytestmark = pytest.mark.data
+pytestmark = [pytest.mark.data, pytest.mark.build]
 
 
 def compiled(source: Source, scheme: str, optimizer) -> pocktvm.Artifact:

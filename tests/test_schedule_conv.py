@@ -14,6 +14,8 @@ from pocktvm.schedule.rules.conv_input_grad import ConvInputGrad
 from pocktvm.schedule.rules.conv_weight_grad import ConvWeightGrad
 from pocktvm.schedule.rules.winograd import WinogradConv, WinogradWeight
 
+pytestmark = pytest.mark.build
+
 # n, h, w, cin, cout, kernel, stride, padding (t,l,b,r), dilation, groups
 SHAPES = [
     (2, 8, 8, 16, 32, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1),

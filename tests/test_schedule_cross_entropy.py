@@ -9,6 +9,8 @@ from pocktvm.ir.graph import Node, Value
 from pocktvm.schedule.rules.cross_entropy import CrossEntropy, CrossEntropyGrad
 from tests.schedule_harness import check_rule, host
 
+pytestmark = pytest.mark.build
+
 CASES = [
     ((5, 10), 1, {}, False),
     ((1, 2), 1, {}, False),

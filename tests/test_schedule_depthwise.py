@@ -8,6 +8,8 @@ from schedule_harness import check_rule, host
 from pocktvm.ir.graph import Node, Value
 from pocktvm.schedule.rules.depthwise import DepthwiseConv, DepthwiseInputGrad, DepthwiseWeightGrad
 
+pytestmark = pytest.mark.build
+
 # n, h, w, channels, kernel, stride, padding (t,l,b,r), dilation
 SHAPES = [
     (2, 8, 8, 32, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),

@@ -11,6 +11,8 @@ from pocktvm.schedule.elementwise_ops import OPS
 from pocktvm.schedule.rules.elementwise import Elementwise
 from tests.schedule_harness import check_rule, host
 
+pytestmark = pytest.mark.build
+
 ATTRS = {
     "clip": {"min": -0.5, "max": 1.0},
     "clip_grad": {"min": -0.5},

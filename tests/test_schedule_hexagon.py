@@ -12,6 +12,8 @@ from pocktvm.schedule.rule import Task, defaults
 from pocktvm.targets import load_target
 from pocktvm.tvm_api import IRModule, compile_module, tvm_target
 
+pytestmark = pytest.mark.build
+
 VECTOR_STORE = re.compile(r"vmem[u]?\(r\d+\S*\)\s*=\s*v\d+")  # vmem, vmemu: 128 bytes at once
 
 

@@ -14,6 +14,8 @@ from pocktvm.schedule.rule import Task, defaults
 from pocktvm.schedule.rules.matmul import Matmul
 from pocktvm.tvm_api import IRModule, compile_module, tvm_target
 
+pytestmark = pytest.mark.build
+
 SIZES = [(1, 1, 1), (13, 37, 29), (1, 64, 40), (50, 1, 77), (97, 3, 33), (5, 130, 200)]
 TARGETS = [(16, False), (8, False), (4, True), (4, False), (1, False)]
 STORED = list(itertools.product((False, True), (False, True), (False, True)))

@@ -10,6 +10,8 @@ from pocktvm.ir.graph import Node, Value
 from pocktvm.schedule.rules.pool import Pool
 from pocktvm.schedule.rules.resize import Resize
 
+pytestmark = pytest.mark.build
+
 # n, h, w, channels, pool, stride, padding (t,l,b,r), dilation
 SHAPES = [
     (2, 8, 8, 32, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1)),

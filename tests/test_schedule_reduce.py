@@ -11,6 +11,8 @@ from pocktvm.schedule.reduction import analyse
 from pocktvm.schedule.rule import Task
 from pocktvm.schedule.rules.reduce import Reduce
 
+pytestmark = pytest.mark.build
+
 CASES = [
     ((7, 5), (0,), False),
     ((37, 83), (0,), False),

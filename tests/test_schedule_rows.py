@@ -15,6 +15,8 @@ from pocktvm.schedule.rules.movement import Movement
 from pocktvm.schedule.rules.rows import RowOperators
 from pocktvm.schedule.strided_copy import Box
 
+pytestmark = pytest.mark.build
+
 LANES = [16, 8, 4, 1]
 SHAPES = [(5, 3, 64), (3, 37), (2, 1), (9, 131), (70, 768)]
 rng = np.random.default_rng(3)

@@ -35,6 +35,8 @@ from pocktvm.search.select import Limits, Selector
 from pocktvm.search.table import Row, Table
 from pocktvm.targets import load_target
 
+pytestmark = pytest.mark.build
+
 MLP = "mlp:inputs=20,hidden=24,depth=4,classes=5"
 CNN = "cnn:channels=8,depth=3,image=12,classes=5"
 

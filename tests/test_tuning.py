@@ -18,6 +18,8 @@ from pocktvm.tuning.runners import CandidateError, open_runner
 from pocktvm.tuning.search import FAILED, Journal
 from pocktvm.tuning.tune import Tunable, tune
 
+pytestmark = pytest.mark.build
+
 
 def matmul_task(m: int = 24, k: int = 32, n: int = 40) -> Task:
     values = {"a": Value("a", (m, k)), "b": Value("b", (k, n)), "c": Value("c", (m, n))}
