@@ -57,8 +57,11 @@ class Replay:
         self.library = ctypes.CDLL(str(compile_replay(source, folder / "replay.so")))
         self.library.replay_launch.restype = ctypes.c_char_p
 
-    def launch(self, launch: Launch, arrays: Sequence[np.ndarray]) -> None:
-        """Start one function; `arrays` are the kernel's arguments."""
+    def launch(
+        self, launch: Launch, arrays: Sequence[np.ndarray], *, backwards: bool = False
+    ) -> None:
+        """Start one function; `arrays` are the kernel's arguments; threads in either order."""
+        self.library.replay_backwards(int(backwards))
         extents = [(ctypes.c_uint * 3)(*e) for e in (launch.grid, launch.block)]
         pointers = (ctypes.c_void_p * 32)(*[arrays[i].ctypes.data for i in launch.args])
         error = self.library.replay_launch(launch.entry.encode(), *extents, pointers)

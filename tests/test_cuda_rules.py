@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pocktvm.errors import PockError
 from pocktvm.ir.graph import Node, Value
 from pocktvm.ir.ops import ELEMENTWISE
 from pocktvm.reference import eval_node
@@ -330,6 +331,19 @@ def guarded(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.build
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_gives_the_references_numbers(name, compiled, replay):
+    """Whatever the order of threads between two barriers, and the same bits each time."""
+    found = [run(name, compiled, replay, backwards) for backwards in (False, True)]
+    case = CASES[name]
+    expected = eval_node(case.node, case.values, case.arrays)
+    for got, again, want in zip(*found, expected, strict=True):
+        scale = max(1.0, float(np.abs(want).max()))
+        np.testing.assert_allclose(got.reshape(want.shape), want, rtol=0,
+                                   atol=case.tolerance * scale)  # fmt: skip
+        np.testing.assert_array_equal(got, again)
+
+
+def run(name: str, compiled: Any, replay: Replay, backwards: bool) -> list[np.ndarray]:
+    """The outputs of a case's launches; buffers start as garbage between guards."""
     case = CASES[name]
     rule, emitted, launches = compiled[1][name]
     assert rule == case.rule
@@ -341,15 +355,30 @@ def test_kernel_gives_the_references_numbers(name, compiled, replay):
     if case.node.op in ("put", "take_update"):  # right only where the result lies over its table
         buffers[len(inputs)] = buffers[0]
     for launch in launches:
-        replay.launch(launch, [middle for _, middle in buffers])
+        replay.launch(launch, [middle for _, middle in buffers], backwards=backwards)
     for whole, middle in buffers:
         assert (whole[:GUARD] == 1).all() and (whole[GUARD + middle.size :] == 1).all()
-    found = [middle for _, middle in buffers[len(inputs) : len(inputs) + len(outputs)]]
-    expected = eval_node(case.node, case.values, case.arrays)
-    for got, want in zip(found, expected, strict=True):
-        scale = max(1.0, float(np.abs(want).max()))
-        np.testing.assert_allclose(got.reshape(want.shape), want, rtol=0,
-                                   atol=case.tolerance * scale)  # fmt: skip
+    return [middle for _, middle in buffers[len(inputs) : len(inputs) + len(outputs)]]
+
+
+@pytest.mark.build
+def test_a_missing_barrier_is_seen(tmp_path):
+    case = CASES["reductions-sum15"]
+    task = case.task()
+    emitted = choose_rule(task).emit(task, {})
+    source, launches = compile_source(emitted, "racy", task)
+    assert b"__syncthreads();" in source
+    racy = Replay(source.decode().replace("__syncthreads();", ""), tmp_path)
+    want = eval_node(case.node, case.values, case.arrays)[0]
+    wrong = 0
+    for backwards in (False, True):
+        out = np.zeros(max(want.size, 1), np.float32)
+        scratch = [np.zeros(size, dtype) for size, dtype in emitted.workspaces]
+        for launch in launches_of(launches):
+            buffers = [np.ascontiguousarray(case.arrays["x"]), out, *scratch]
+            racy.launch(launch, buffers, backwards=backwards)
+        wrong += not np.allclose(out, want.ravel(), rtol=1e-4)
+    assert wrong
 
 
 @pytest.mark.build
@@ -367,6 +396,21 @@ def test_ptxas_takes_every_kernel(tmp_path, compiled):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.build
+def test_nvcc_serves_where_nvrtc_is_not(monkeypatch):
+    from pocktvm.codegen import cuda
+
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc: install the CUDA toolkit")
+    monkeypatch.setattr(cuda, "_nvrtc_path", lambda: None)
+    source = 'extern "C" __global__ void f(float* p) { p[threadIdx.x] = 1.0f; }\n'
+    assert b".entry f" in cuda.compile_ptx(source, "compute_87")
+    assert cuda._compile(source, "sm_87").startswith(b"\x7fELF")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(PockError, match="pip install nvidia-cuda-nvrtc-cu12"):
+        cuda.compile_ptx(source, "compute_87")
 
 
 def test_small_products_are_cut_and_large_ones_are_not():

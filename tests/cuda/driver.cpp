@@ -218,6 +218,8 @@ EXPORT int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz,
     addresses[i] = host_of(at, 1);
     if (!addresses[i] || at % 64) return INVALID;
   }
+  static int launches;
+  replay_backwards(launches++ % 2); /* no order is promised, so none is kept */
   const char *why = replay_launch(kernel->name, grid, block, addresses);
   if (why) last_error = why;
   return why ? LAUNCH_FAILED : 0;

@@ -18,7 +18,7 @@ typedef struct {
 static fibre fibres[MAX_THREADS];
 static char *stacks;
 static jmp_buf scheduler;
-static int current, at_barrier;
+static int current, at_barrier, backwards;
 static const replay_kernel *kernel;
 static void **pointers;
 static char message[256];
@@ -66,10 +66,11 @@ static void place(int index) {
 
 /* Runs every thread of a block up to its next barrier or its end; 0 when all have ended. */
 static int advance(int count) {
-  volatile int i;
+  volatile int turn;
   int done = 0;
   at_barrier = 0;
-  for (i = 0; i < count; i++) {
+  for (turn = 0; turn < count; turn++) {
+    int i = backwards ? count - 1 - turn : turn;
     if (fibres[i].done) continue;
     place(i);
     if (!_setjmp(scheduler)) {
@@ -79,7 +80,7 @@ static int advance(int count) {
         _longjmp(fibres[i].at, 1);
     }
   }
-  for (i = 0; i < count; i++) done += fibres[i].done;
+  for (int i = 0; i < count; i++) done += fibres[i].done;
   if (at_barrier && done) {
     snprintf(message, sizeof message, "%s: %d of %d threads wait at a barrier the others passed by",
              kernel->name, at_barrier, count);
@@ -95,6 +96,8 @@ static int run_block(int count) {
   }
   return state;
 }
+
+__attribute__((visibility("default"))) void replay_backwards(int on) { backwards = on; }
 
 static const char *refuse(const char *name, const char *why) {
   snprintf(message, sizeof message, "%s: %s", name, why);
@@ -119,11 +122,12 @@ const char *replay_launch(const char *name, const unsigned grid[3], const unsign
   pointers = all;
   blockDim = {block[0], block[1], block[2]};
   gridDim = {grid[0], grid[1], grid[2]};
-  for (unsigned z = 0; z < grid[2]; z++)
-    for (unsigned y = 0; y < grid[1]; y++)
-      for (unsigned x = 0; x < grid[0]; x++) {
-        blockIdx = {x, y, z};
-        if (run_block((int)count) < 0) return message;
-      }
+  uint64_t n_blocks = (uint64_t)grid[0] * grid[1] * grid[2];
+  for (uint64_t turn = 0; turn < n_blocks; turn++) {
+    uint64_t b = backwards ? n_blocks - 1 - turn : turn;
+    blockIdx = {(unsigned)(b % grid[0]), (unsigned)(b / grid[0] % grid[1]),
+                (unsigned)(b / grid[0] / grid[1])};
+    if (run_block((int)count) < 0) return message;
+  }
   return NULL;
 }

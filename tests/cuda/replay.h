@@ -48,6 +48,10 @@ typedef struct {
 /* generated beside the kernels; ends with a name of NULL */
 extern "C" const replay_kernel replay_kernels[];
 
+/* Blocks, and the threads of each, run last to first: a result that needs an order, where a barrier
+ * is missing, shows itself by changing. */
+extern "C" void replay_backwards(int on);
+
 /* 0, or what went wrong */
 extern "C" const char *replay_launch(const char *name, const unsigned grid[3],
                                      const unsigned block[3], void **addresses);

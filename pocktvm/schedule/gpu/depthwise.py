@@ -22,6 +22,7 @@ from pocktvm.schedule.spatial import anchor_of, decline_spatial
 from pocktvm.tvm_api import T
 
 Expr = Any
+UNROLLED = 49  # taps written out: their validity tests then share what they compute
 
 
 class Depthwise(GpuRule):
@@ -59,7 +60,8 @@ def _gather(ctx: Context, conv: Geometry) -> None:
         n, y, x = pixel(row, shape)
         acc = local(1)
         store(acc, 0, const(0.0), 1)
-        with T.unroll(0, conv.w[0]) as ky, T.unroll(0, conv.w[1]) as kx:
+        taps = T.unroll if math.prod(conv.w[:2]) <= UNROLLED else T.serial
+        with taps(0, conv.w[0]) as ky, taps(0, conv.w[1]) as kx:
             if forward:
                 sy, sx = conv.source(y, x, ky, kx)
                 there = within(sy, sx, other)
