@@ -35,6 +35,10 @@ from tests.test_schedule_reduce import reduced
 
 pytestmark = pytest.mark.build
 
+MORE_LOSSES = [
+    ((300, 40), 1, {}, True),
+    ((9, 7), 1, {"reduction": "sum", "label_smoothing": 0.1}, True),
+]
 GUARD = 64  # elements on either side of a buffer, which must stay as they were
 rng = np.random.default_rng(0)
 
@@ -202,7 +206,7 @@ def rows() -> Iterator[tuple[str, Case]]:
 
 
 def losses() -> Iterator[tuple[str, Case]]:
-    for number, (shape, axis, options, weighted) in enumerate([*LOSSES, ((300, 40), 1, {}, True)]):
+    for number, (shape, axis, options, weighted) in enumerate([*LOSSES, *MORE_LOSSES]):
         attrs = {"axis": axis, "label_smoothing": 0.0, "ignore_index": -100, **options}
         labels = rng.integers(0, shape[1], (shape[0], *shape[2:])).astype(np.int32)
         labels.flat[0] = 1
@@ -249,6 +253,8 @@ def dropouts() -> Iterator[tuple[str, Case]]:
     values["seed"] = Value("seed", (), "int32")
     node = Node("dropout", ("x", "seed"), ("y",), {"p": 0.4, "key": 7})
     yield "dropout", Case(node, values, "elementwise", arrays)
+    node = Node("dropout", ("x", "seed"), ("y",), {"p": 0.4, "key": 7, "start": 246})
+    yield "dropout-part", Case(node, values, "elementwise", arrays)
 
 
 def movement() -> Iterator[tuple[str, Case]]:

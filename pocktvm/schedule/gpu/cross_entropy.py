@@ -91,7 +91,8 @@ class CrossEntropy(GpuRule):
                 loss = _sum(losses, 0, rows_count, thread)
                 weight = _sum(losses, rows_count, rows_count, thread)
                 with T.If(thread.equal(0)), T.Then():
-                    ctx.store(node.outputs[0], 0, loss / weight, 1)
+                    summed = node.attrs.get("reduction") == "sum"
+                    ctx.store(node.outputs[0], 0, loss if summed else loss / weight, 1)
 
         return Emitted(build(task, body, workspaces), workspaces)
 
@@ -141,7 +142,8 @@ class CrossEntropyGrad(GpuRule):
         if rows.weights is not None:
             every = rows.reduce(thread, rows.weighted, add, 0.0)
         with T.If(thread.equal(0)), T.Then():
-            store(sums, 0, ctx.load(ctx.task.node.inputs[2], 0, 1) / total, 1)
+            dloss = ctx.load(ctx.task.node.inputs[2], 0, 1)
+            store(sums, 0, dloss if rows.summed else dloss / total, 1)
             store(sums, 1, every, 1)
 
     def _row(self, ctx: Context, rows: BlockClassRows, r: Expr, scale: Expr, every: Expr) -> None:
