@@ -15,6 +15,7 @@ from pocktvm.passes.flatten_rows import flatten_rows
 from pocktvm.passes.fold_constants import fold_constants
 from pocktvm.passes.fold_scales import fold_scales
 from pocktvm.passes.fuse import fuse
+from pocktvm.passes.fuse_blocks import fuse_blocks
 from pocktvm.passes.order import order
 from pocktvm.passes.scale_grads import scale_grads
 from pocktvm.passes.scatter_updates import scatter_updates
@@ -37,6 +38,7 @@ PIPELINE: tuple[Pass, ...] = (
     simplify,
     scatter_updates,
     fuse,
+    fuse_blocks,
     order,
 )
 

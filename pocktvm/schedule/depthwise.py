@@ -81,7 +81,7 @@ def emit_depthwise(ctx: Context, conv: Depthwise, tile: Tile) -> None:
     with outer(ctx.task, conv.result_shape[0] * rows, 2 * conv.macs) as f:
         n, q = T.bind(f // rows), T.bind(f % rows)
         for axis, columns in conv.phases:
-            row = _Row(ctx, conv, tile, n, q, axis, columns, tiles(columns, tile.pixels))
+            row = Row(ctx, conv, tile, n, q, axis, columns, tiles(columns, tile.pixels))
             if axis.out == rows:
                 row.emit()
             else:
@@ -90,7 +90,7 @@ def emit_depthwise(ctx: Context, conv: Depthwise, tile: Tile) -> None:
 
 
 @dataclass
-class _Row:
+class Row:
     """Row q of one phase of image n."""
 
     ctx: Context
@@ -168,8 +168,7 @@ class _Row:
                 self.line(run, x, c, vectors, ty, acc)
         for ty in taps:
             self.line(run, x, c, vectors, ty, acc)
-        _, oh, ow, _ = self.conv.result_shape
-        line = T.bind((self.n * oh + self.rows.position(self.q)) * ow)
+        line = T.bind(self.result_line())
         for r in range(run.width):
             for start, lanes in vectors:
                 at = Position(self.conv.result_shape, line + self.columns.position(x + r),
@@ -177,17 +176,26 @@ class _Row:
                 value = emit.load(acc, r * width + start, lanes)
                 finish(self.ctx, {self.conv.result: value}, at)
 
+    def source_line(self, ty: Any) -> Expr:
+        """Where the source row that kernel row `ty` meets begins."""
+        _, h, w, channels = self.conv.source_shape
+        return (self.n * h + self.rows.source(self.q, ty)) * (w * channels)
+
+    def result_line(self) -> Expr:
+        """Number of pixels ahead of the row in the result."""
+        _, oh, ow, _ = self.conv.result_shape
+        return (self.n * oh + self.rows.position(self.q)) * ow
+
     def line(self, run: Run, x: Expr, c: Expr, vectors: Vectors, ty: Any, acc: Any) -> None:
         """One kernel row: every source value is loaded once and meets all its taps."""
-        _, h, w, channels = self.conv.source_shape
+        channels = self.conv.source_shape[3]
         rows, columns, kw = self.rows, self.columns, self.conv.kernel[1]
         width = vectors[-1][0] + vectors[-1][1]
         meets: dict[int, list[tuple[int, int]]] = {}
         for tx in range(columns.taps):
             for r in run.pixels[tx]:
                 meets.setdefault(columns.source(r, tx), []).append((r, tx))
-        source = (self.n * h + rows.source(self.q, ty)) * w + x * columns.step
-        x0 = T.bind(source * channels + c)
+        x0 = T.bind(self.source_line(ty) + x * (columns.step * channels) + c)
         w0 = T.bind(rows.kernel(ty) * (kw * channels) + c)
         for start, lanes in vectors:
             for column in sorted(meets):

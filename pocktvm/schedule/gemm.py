@@ -48,7 +48,7 @@ def describe(task: Task) -> Gemm | str:
         return "not float32"
     if any(name not in task.node.inputs for name in node.inputs):
         return "an operand is computed inside the group"
-    gemm = _matmul(task, node) if node.op == "matmul" else _pointwise(task, node)
+    gemm = _matmul(task, node) if node.op == "matmul" else pointwise(task, node)
     if isinstance(gemm, Gemm) and min(gemm.m, gemm.n, gemm.k, gemm.batch) < 1:
         return "an empty product"
     return gemm
@@ -72,7 +72,8 @@ def _matmul(task: Task, node: Node) -> Gemm | str:
     return f"batch axes {list(head_a)} and {list(head_b)} broadcast"
 
 
-def _pointwise(task: Task, node: Node) -> Gemm | str:
+def pointwise(task: Task, node: Node) -> Gemm | str:
+    """The product of a 1x1 convolution or one of its gradients, or why it is none."""
     attrs = node.attrs
     if attrs.get("layout", "NCHW") != "NHWC":
         return "a convolution in NCHW"

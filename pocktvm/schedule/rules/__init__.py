@@ -11,6 +11,7 @@ from pocktvm.schedule.rules.depthwise import DepthwiseConv, DepthwiseInputGrad, 
 from pocktvm.schedule.rules.elementwise import Elementwise
 from pocktvm.schedule.rules.embedding import Take, TakeGrad
 from pocktvm.schedule.rules.fallback import Fallback
+from pocktvm.schedule.rules.inverted_residual import InvertedResidual
 from pocktvm.schedule.rules.matmul import Matmul
 from pocktvm.schedule.rules.movement import Movement
 from pocktvm.schedule.rules.pool import Pool
@@ -22,6 +23,7 @@ from pocktvm.schedule.rules.winograd import WinogradConv, WinogradWeight
 
 RULES: tuple[Rule, ...] = (
     Elementwise(),
+    InvertedResidual(),
     Matmul(),
     Reduce(),
     DepthwiseConv(),
