@@ -174,7 +174,7 @@ def test_the_manifest_holds_every_file(host):
         assert hashlib.sha256((host / name).read_bytes()).hexdigest() == entry["sha256"]
     keys = "target model scheme batch updated plan kernels versions inputs output_shape".split()
     assert set(keys) <= set(manifest)
-    assert manifest["kernels"] == {"tuned": 0, "rule": 10, "fallback": 0}
+    assert manifest["kernels"] == {"tuned": 0, "rule": 10, "fallback": 0, "untuned": 0}
     assert [entry["label"] for entry in manifest["inputs"]] == [False, True]
 
 

@@ -41,7 +41,7 @@ def artifact(tmp_path):
         "loss": "cross_entropy",
         "updated": {f"layer{i}.weight": 1.0 for i in range(30)},
         "plan": PLAN,
-        "kernels": {"tuned": 0, "rule": 12, "fallback": 1},
+        "kernels": {"tuned": 0, "rule": 12, "fallback": 1, "untuned": 3},
         "inputs": [
             {"name": "x", "shape": [4, 2], "dtype": "float32"},
             {"name": "y", "shape": [4], "dtype": "int32", "bound": 3},
@@ -142,7 +142,7 @@ def test_inspect_json_is_the_contract(artifact):
     wanted = {"target", "model", "scheme", "batch", "updated", "plan", "kernels", "seconds"}
     assert wanted <= facts.keys()
     assert set(PLAN) <= facts["plan"].keys()
-    assert set(facts["kernels"]) == {"tuned", "rule", "fallback"}
+    assert set(facts["kernels"]) == {"tuned", "rule", "fallback", "untuned"}
 
 
 def test_inspect_prints_a_page(artifact):

@@ -64,7 +64,7 @@ def test_build_reports_the_contract(artifact):
     shown = facts("inspect", artifact)
     keys = "target model scheme batch updated plan kernels seconds".split()
     assert set(keys) <= shown.keys() and shown["target"] == "host" and shown["batch"] == BATCH
-    assert set(shown["kernels"]) == {"tuned", "rule", "fallback"}
+    assert set(shown["kernels"]) == {"tuned", "rule", "fallback", "untuned"}
     plan = shown["plan"]
     assert plan["lower_bound_bytes"] <= plan["arena_bytes"] <= plan["total_bytes"]
     assert set(shown["updated"].values()) == {1.0} and "fc.weight" in shown["updated"]

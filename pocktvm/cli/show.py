@@ -21,8 +21,10 @@ def show(facts: Mapping[str, Any], *, tensors: int = 8) -> None:
     print(f"  {'lower bound':12} {format_bytes(plan['lower_bound_bytes']):>10}   live at the peak")
     print(f"  {'total':12} {format_bytes(plan['total_bytes']):>10}   with frozen weights and code")
     print()
-    counts = ", ".join(f"{count} {kind}" for kind, count in kernels.items())
-    print(f"kernels: {counts}")
+    counts = ", ".join(f"{kernels[kind]} {kind}" for kind in ("tuned", "rule", "fallback"))
+    untuned = kernels.get("untuned", 0)
+    hint = f"   ({untuned} calls have knobs and no record: pocktvm tune)" if untuned else ""
+    print(f"kernels: {counts}{hint}")
     rules = facts.get("rules") or {}
     if rules:
         print("  " + ", ".join(f"{rule} {count}" for rule, count in rules.items()))

@@ -183,11 +183,13 @@ def _plan(plan: MemoryPlan) -> dict[str, Any]:
 
 
 def _kernel_counts(kernels: Kernels) -> dict[str, int]:
-    """Calls per origin: found by search, a rule's default, or the rule that accepts everything."""
-    counts = {"tuned": 0, "rule": 0, "fallback": 0}
+    """Calls per origin: found by search, a rule's default, or the rule that accepts everything;
+    `untuned`: those with something to tune and no record that fits."""
+    counts = {"tuned": 0, "rule": 0, "fallback": 0, "untuned": 0}
     for program in kernels.programs.values():
         for call in program.calls:
             kernel = kernels.kernels[call.symbol]
             plain = "fallback" if kernel.rule == "fallback" else "rule"
             counts["tuned" if kernel.tuned else plain] += 1
+            counts["untuned"] += not kernel.tuned and kernel.knobs > 1
     return counts

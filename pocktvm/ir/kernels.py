@@ -48,6 +48,7 @@ class Kernel:
     n_outputs: int
     rule: str
     tuned: bool = False
+    knobs: int = 1  # points its rule could be tuned over; 1: nothing to tune
     flops: int = 0
     inplace: tuple[tuple[int, int], ...] = ()
     launches: tuple[Launch, ...] = ()

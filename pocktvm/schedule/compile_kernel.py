@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pocktvm.errors import InternalError
@@ -54,7 +55,8 @@ class KernelCompiler:
     def _compile(self, task: Task) -> Compiled:
         rule = choose_rule(task)
         tuned = self.knobs_for(task, rule) if self.knobs_for else None
-        knobs = {**defaults(rule.knobs(task)), **(tuned or {})}
+        options = rule.knobs(task)
+        knobs = {**defaults(options), **(tuned or {})}
         target = task.target
         key = key_of(
             task.signature, rule.name, knobs, dict(target.tvm), vars(target.isa), version()
@@ -71,7 +73,9 @@ class KernelCompiler:
             self.cache.put(key, data, facts)
         else:
             data, facts = cached
-        return _compiled(task, rule, symbol, data, facts, bool(tuned))
+        made = _compiled(task, rule, symbol, data, facts, bool(tuned))
+        points = math.prod(len(knob.options) for knob in options.values())
+        return replace(made, kernel=replace(made.kernel, knobs=points))
 
 
 def choose_rule(task: Task) -> Rule:

@@ -92,6 +92,7 @@ def tune(
 ) -> Summary:
     """Tune kernels that have no record yet; at most `seconds` in all.
 
+    What is left of the time is shared among the kernels that are left, so that each gets a record.
     Each kernel's record is written as soon as its search ends; a killed run loses at most the
     candidate in flight, since the journal of an unfinished search is read again.
     """
@@ -101,9 +102,10 @@ def tune(
     before = after = 0.0
     for index, kernel in enumerate(kernels):
         record = records.find(kernel.task, kernel.rule)
-        if record is None and time.monotonic() < deadline:
-            record = _tune_one(kernel, target, runner, trials, deadline, _bar(progress, index,
-                               len(kernels), kernel.what))  # fmt: skip
+        if record is None and (now := time.monotonic()) < deadline:
+            share = now + (deadline - now) / (len(kernels) - index)
+            bar = _bar(progress, index, len(kernels), kernel.what)
+            record = _tune_one(kernel, target, runner, trials, share, bar)
             if record is not None:
                 records.keep(kernel.task, kernel.rule, record)
                 tuned += 1
@@ -145,26 +147,37 @@ def _tune_one(
         if not good:
             return None
         best = json.loads(min(good, key=lambda k: good[k]))
-        return _compare(kernel, runner, scratch, default.folder, base, best, len(journal.seconds))
+        if best == base:  # nothing to compare: it is the default
+            return _record(kernel, base, good[_text(base)], good[_text(base)], journal)
+        return _compare(kernel, runner, scratch, default.folder, base, best, journal)
 
 
 def _compare(
-    kernel: Tunable, runner: Runner, scratch: Path, default: Path, base: Any, best: Any, trials: int
-) -> Record | None:
+    kernel: Tunable, runner: Runner, scratch: Path, default: Path, base: Any, best: Any,
+    journal: Journal,
+) -> Record | None:  # fmt: skip
     """Interleave the winner with the default; the default stays unless it is beaten by 2 %."""
-    names = ("pocktvm", "apache-tvm")
-    made_by = {n: v for n, v in versions().items() if n in names}
     try:
-        if best == base:
-            seconds, _ = runner.compare(default, default)
-            return Record(kernel.what, base, seconds, seconds, trials, made_by)
         winner = build_candidate(kernel.task, kernel.rule, best, _sub(scratch, "winner"))
         slow, fast = runner.compare(default, winner.folder)
     except CandidateError:
         return None
     if fast < 0.98 * slow:
-        return Record(kernel.what, best, fast, slow, trials, made_by)
-    return Record(kernel.what, base, slow, slow, trials, made_by)
+        return _record(kernel, best, fast, slow, journal)
+    return _record(kernel, base, slow, slow, journal)
+
+
+def _record(
+    kernel: Tunable, knobs: Any, seconds: float, default_seconds: float, journal: Journal
+) -> Record:
+    names = ("pocktvm", "apache-tvm")
+    made_by = {n: v for n, v in versions().items() if n in names}
+    return Record(kernel.what, knobs, seconds, default_seconds, len(journal.seconds), made_by)
+
+
+def _text(knobs: Any) -> str:
+    """Knobs as the journal writes them."""
+    return json.dumps(dict(knobs), sort_keys=True)
 
 
 def _sub(folder: Path, name: str) -> Path:
