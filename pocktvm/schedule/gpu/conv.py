@@ -7,8 +7,8 @@ of C channels in and O out, and taps = kh kw:
     input gradient   M = pixels of dx,  N = C,  K = taps O    A = dy at the tap,  B = w transposed
     weight gradient  M = taps C,        N = O,  K = pixels    A = x at the tap,   B = dy
 
-Groups are the batch. An input gradient asks of every tap whether the stride meets it; with stride 2
-three quarters of its products are zeros that are neither read nor kept, but multiplied.
+Groups are the batch. An input gradient with stride s is s x s products, one for each phase of its
+pixels, with only the taps that reach it (schedule/window.py): a quarter of the work, for stride 2.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from pocktvm.schedule.gpu.tile import Product, emit_product, plan
 from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.rule import Emitted, Task
 from pocktvm.schedule.spatial import anchor_of, decline_spatial
-from pocktvm.schedule.window import Window
+from pocktvm.schedule.window import Axis, Window
 from pocktvm.tvm_api import T, tirx
 
 Expr = Any
+Phase = tuple[Axis, Axis]
 OPS = ("conv2d", "conv2d_input_grad", "conv2d_weight_grad")
 
 
@@ -51,6 +52,12 @@ class Geometry:
     def outputs(self) -> int:
         """Channels of y in one group."""
         return self.y[3] // self.groups
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Of the input gradient: rows and columns of x with the taps that reach them."""
+        rows, columns = self.window.gradient(self.x[1:3], self.y[1:3], self.w[:2])
+        return tuple((r, c) for r in rows for c in columns)
 
     @property
     def macs(self) -> int:
@@ -120,24 +127,33 @@ class Conv(GpuRule):
     def emit(self, task: Task, knobs: Any) -> Emitted:
         """One launch, or two where K is cut into parts."""
         node, conv = anchor_of(task), geometry(task)
-        m, n, k = _sizes(node.op, conv)
-        cut = plan(task.target.isa, m, n, k, conv.groups)
-        workspaces = cut.workspaces(conv.groups, m, n)
+        products = conv.phases if node.op == "conv2d_input_grad" else (None,)
+        sizes = [_sizes(node.op, conv, phase) for phase in products]
+        cuts = [plan(task.target.isa, m, n, k, conv.groups) for m, n, k in sizes]
+        scratch = [cut.workspaces(conv.groups, m, n) for cut, (m, n, _) in
+                   zip(cuts, sizes, strict=True)]  # fmt: skip
+        workspaces = max(scratch)  # phases run one after the other and share it
 
         def body(ctx: Context) -> None:
             partial = ctx.workspaces[0] if workspaces else None
-            emit_product(PRODUCTS[node.op](ctx, conv), cut, partial)
+            for phase, cut in zip(products, cuts, strict=True):
+                if phase is None:
+                    emit_product(PRODUCTS[node.op](ctx, conv), cut, partial)
+                else:
+                    emit_product(_input_grad(ctx, conv, phase), cut, partial)
 
         func = build(task, body, workspaces)
         return Emitted(func, workspaces, inplace_pairs(task), {}, 2 * conv.macs)
 
 
-def _sizes(op: str, conv: Geometry) -> tuple[int, int, int]:
+def _sizes(op: str, conv: Geometry, phase: Phase | None = None) -> tuple[int, int, int]:
+    """(M, N, K) of a product; `phase` is the input gradient's."""
     taps, depth, outputs = math.prod(conv.w[:2]), conv.w[2], conv.outputs
+    if phase is not None:
+        rows, columns = phase
+        return conv.x[0] * rows.out * columns.out, depth, rows.taps * columns.taps * outputs
     if op == "conv2d":
         return math.prod(conv.y[:3]), outputs, taps * depth
-    if op == "conv2d_input_grad":
-        return math.prod(conv.x[:3]), depth, taps * outputs
     return taps * depth, outputs, math.prod(conv.y[:3])
 
 
@@ -172,26 +188,35 @@ def _forward(ctx: Context, conv: Geometry) -> Product:
     )  # fmt: skip
 
 
-def _input_grad(ctx: Context, conv: Geometry) -> Product:
+def _input_grad(ctx: Context, conv: Geometry, phase: Phase) -> Product:
     node = anchor_of(ctx.task)
     dy, w = node.inputs[:2]
-    outputs, depth = conv.outputs, conv.w[2]
+    (rows, columns), outputs, depth = phase, conv.outputs, conv.w[2]
+    size = (conv.x[0], rows.out, columns.out)
+
+    def taps(k: Expr) -> tuple[Expr, Expr, Expr]:
+        tap, o = T.bind(k // outputs), T.bind(k % outputs)
+        return T.bind(tap // columns.taps), T.bind(tap % columns.taps), o
 
     def a(group: Expr, m: Expr, k: Expr) -> Expr:
-        n, iy, ix = pixel(m, conv.x)
-        ky, kx, o = _tap(conv, k, outputs)
-        there, oy, ox = conv.reader(iy, ix, ky, kx)
+        n, py, px = pixel(m, size)
+        ty, tx, o = taps(k)
+        oy, ox = T.bind(rows.source(py, ty)), T.bind(columns.source(px, tx))
         value = ctx.load(dy, offset(n, oy, ox, group * outputs + o, conv.y), 1)
-        return choose(there, value, const(0.0))
+        return choose(within(oy, ox, conv.y), value, const(0.0))
 
     def b(group: Expr, k: Expr, n: Expr) -> Expr:
-        tap, o = T.bind(k // outputs), T.bind(k % outputs)
+        ty, tx, o = taps(k)
+        tap = rows.kernel(ty) * conv.w[1] + columns.kernel(tx)
         return ctx.load(w, (tap * depth + n) * conv.y[3] + group * outputs + o, 1)
 
     def write(group: Expr, m: Expr, n: Expr, value: Expr) -> None:
-        finish(ctx, {node.outputs[0]: value}, Position(conv.x, m, group * depth + n, 1))
+        image, py, px = pixel(m, size)
+        y, x = rows.position(py), columns.position(px)
+        row = T.bind((image * conv.x[1] + y) * conv.x[2] + x)
+        finish(ctx, {node.outputs[0]: value}, Position(conv.x, row, group * depth + n, 1))
 
-    return Product(*_sizes(node.op, conv), a, b, write, conv.groups, b_along_n=False)
+    return Product(*_sizes(node.op, conv, phase), a, b, write, conv.groups, b_along_n=False)
 
 
 def _weight_grad(ctx: Context, conv: Geometry) -> Product:
@@ -210,8 +235,4 @@ def _weight_grad(ctx: Context, conv: Geometry) -> Product:
     )  # fmt: skip
 
 
-PRODUCTS = {
-    "conv2d": _forward,
-    "conv2d_input_grad": _input_grad,
-    "conv2d_weight_grad": _weight_grad,
-}
+PRODUCTS = {"conv2d": _forward, "conv2d_weight_grad": _weight_grad}

@@ -111,9 +111,19 @@ def plan(isa: Isa, m: int, n: int, k: int, batch: int = 1) -> Plan:
 
 def emit_product(product: Product, cut: Plan, partial: Any) -> None:
     """The launches; `partial` is the workspace where K is cut into parts."""
+    if not product.k:  # pixels that no tap reaches
+        _zeros(product)
+        return
     _Emitter(product, cut, partial).emit()
     if cut.parts > 1:
         _add_parts(product, cut, partial)
+
+
+def _zeros(product: Product) -> None:
+    for flat in threads(product.batch * product.m * product.n):
+        row, column = T.bind(flat // product.n), T.bind(flat % product.n)
+        batch = T.bind(row // product.m)
+        product.finish(batch, T.bind(row % product.m), column, const(0.0))
 
 
 def _add_parts(product: Product, cut: Plan, partial: Any) -> None:
