@@ -61,7 +61,7 @@ def sst2(tokens: int) -> Callable[[Path, int | None], tuple[Samples, Samples]]:
                 ids = [vocabulary["[CLS]"], *ids, vocabulary["[SEP]"]]
                 x[line, : len(ids)] = ids
             labels = np.array([int(rows[i]["label"]) for i in order])
-            return {"input_ids": x, "y": labels}
+            return {"ids": x, "y": labels}
 
         return split("train", limit), split("test", None)
 
@@ -104,7 +104,7 @@ def shakespeare(tokens: int) -> Callable[[Path, int | None], tuple[Samples, Samp
         cut = int(0.9 * rows)
 
         def samples(part: np.ndarray) -> Samples:
-            return {"input_ids": part[:, :-1].copy(), "y": part[:, 1:].copy()}
+            return {"ids": part[:, :-1].copy(), "y": part[:, 1:].copy()}
 
         order = np.random.default_rng(0).permutation(cut)[:limit]
         return samples(blocks[order]), samples(blocks[cut:])

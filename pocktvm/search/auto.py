@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def search(
     the frontier shows what the budget buys. Raises PockError for a budget below the
     smallest plan, before anything is measured, and for data no analysis can be made of.
     """
-    from pocktvm.search.analysis import Settings, analyse, checked_samples
+    from pocktvm.search.analysis import Settings, analyse, checked_samples, describe
 
     settings = settings or Settings()
     full = replace(build, scheme=Scheme.full())
@@ -73,7 +74,8 @@ def search(
         table = _finished(build, model, analysis)
     else:
         arrays = checked_samples(build, model, build.samples)
-        path = Path(analysis) if analysis else default_path(model, settings.method)
+        facts = describe(full, model, arrays, settings)
+        path = Path(analysis) if analysis else default_path(facts)
         table = analyse(full, model, candidates, arrays, settings, path, progress)
     exact = Planner(
         model, build.loss, build.optimizer, build.target, float(table.facts["kernel_bytes"])
@@ -107,9 +109,10 @@ def _fitting(
     return choice, planned
 
 
-def default_path(model: Model, method: str) -> Path:
-    """Where an analysis without a name of its own lies."""
-    return Path("build") / "analysis" / f"{model.name}-{method}.jsonl"
+def default_path(facts: Mapping[str, Any]) -> Path:
+    """Where an analysis without a name of its own lies: one file for all that decides it."""
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+    return Path("build") / "analysis" / f"{facts['model']}-{facts['method']}-{key}.jsonl"
 
 
 def _finished(build: Any, model: Model, analysis: str | Path | None) -> Table:
