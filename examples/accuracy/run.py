@@ -2,9 +2,10 @@
 
     python examples/accuracy/run.py mobilenetv2-0.35 --data FOLDER --schemes full,last,auto:0.25
 
-`auto:0.25` searches with a quarter of the bytes that `full` plans. Results are appended to a file,
-one line a scheme; what is there already is not run again. The table and, where matplotlib is
-installed, the plot are made from that file.
+`auto:0.25` searches with a quarter of the arena that `full` plans, beside as many bytes for code
+and frozen weights as `full` has; `auto:9MB` with a budget of so many bytes in all. Results are
+appended to a file, one line a scheme; what is there already is not run again. The table and, where
+matplotlib is installed, the plot are made from that file.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10, help="of a search")
     parser.add_argument("--out", type=Path, default=Path("build/accuracy"))
     options = parser.parse_args()
+    if "auto:0" in options.schemes and not options.schemes.startswith("full"):
+        parser.error("auto:SHARE is a share of full's arena: put full first")
     if options.data is None or not Path(options.data).is_dir():
         parser.error("give --data FOLDER (see README.md beside this file)")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -75,13 +78,14 @@ def run_missing(task: Task, options: argparse.Namespace, path: Path) -> None:
 def compiled(
     task: Task, weights: Path, scheme: str, train: Any, options: Any, path: Path, bar: Any
 ) -> pocktvm.Artifact:
-    """The artifact of a scheme; `auto:SHARE` searches with that share of full's bytes."""
+    """The artifact of a scheme; see the top of this file for `auto`."""
     name, _, share = scheme.partition(":")
     auto = name == "auto"
     source = resolve_model(task.model, batch=task.batch, weights=weights)
-    budget = None
-    if auto and share:
-        budget = int(float(share) * read(path)["full"]["total_bytes"])
+    budget: int | str | None = share or None if auto else None
+    if auto and share and share[-1].isdigit():
+        full = read(path)["full"]
+        budget = int(full["total_bytes"] - (1 - float(share)) * full["arena_bytes"])
     return pocktvm.compile(
         source.module, source.example_inputs, scheme=name if auto else scheme, loss=source.loss,
         optimizer=task.optimizer, name=source.name, published=source.scheme, mean=source.mean,
