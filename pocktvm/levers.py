@@ -24,6 +24,7 @@ from pocktvm.ir.kernels import Kernels
 from pocktvm.ir.memory import MemoryPlan
 from pocktvm.ir.target import Target
 from pocktvm.manifest import MANIFEST, read_manifest
+from pocktvm.passes.compare import checking, compare
 from pocktvm.passes.costs import flops, seconds
 from pocktvm.passes.liveness import Lifetimes
 from pocktvm.passes.order import order
@@ -93,7 +94,10 @@ def _shrunk(graph: Graph, room: int, target: Target) -> Graph:
     if peak(graph) <= room:
         return graph
     fewer = rematerialize(graph, room, lambda node, values: seconds(node, values, target))
-    return min((fewer, order(fewer)), key=peak)
+    fewer = min((fewer, order(fewer)), key=peak)
+    if checking():
+        compare(graph, fewer, "rematerialize")
+    return fewer
 
 
 def fitted(

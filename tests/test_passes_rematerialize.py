@@ -7,6 +7,9 @@ import pytest
 import torch
 from equality import REDUCED, Work, assert_losses_equal, assert_updates_equal, our_run, torch_run
 from graphs import Build, inverted_residual_step, same_numbers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_passes_pipeline import random_graph
 
 import pocktvm
 from pocktvm.errors import PockError
@@ -84,6 +87,15 @@ def test_nothing_is_made_again_from_a_parameter_that_has_changed():
     position = {o: i for i, n in enumerate(fewer.nodes) for o in n.outputs}
     assert position.get(h + AGAIN, -1) < position[new]
     same_numbers(graph, fewer)
+
+
+@settings(max_examples=12, deadline=None)
+@given(random_graph(), st.floats(0.3, 0.95))
+def test_random_graphs_keep_their_numbers(graph, share):
+    graph = run_passes(graph)
+    fewer = rematerialize(graph, int(share * peak(graph)))
+    assert peak(fewer) <= peak(graph)
+    same_numbers(graph, fewer, 1e-6)
 
 
 @pytest.mark.build

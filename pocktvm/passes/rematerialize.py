@@ -43,12 +43,14 @@ def rematerialize(graph: Graph, limit: int, cost: Cost | None = None) -> Graph:
     else as low as single clones bring it."""
     state = _State(graph, graph.nodes, dict(graph.values), limit, cost or seconds)
     chosen: list[Chain] = []
+    lowest = state
     while state.excess() > 0 and (best := state.best()) is not None:
         chosen.append(best)
         state = state.clone_all(best)
+        lowest = min(lowest, state, key=lambda s: s.live.max(initial=0))
     if state.excess() == 0:
-        state = _without_needless(graph, chosen, state)
-    return state.graph()
+        return _without_needless(graph, chosen, state).graph()
+    return lowest.graph()
 
 
 def is_again(node: Node) -> bool:
