@@ -19,8 +19,8 @@ _PER_ELEMENT = {"exp": 20, "tanh": 25, "sigmoid": 22, "erf": 30, "gelu": 35, "ge
 
 
 def flops(node: Node, values: Mapping[str, Value]) -> int:
-    """Operations of a node or of everything in a group."""
-    return sum(_flops(part, values) for part in node.kernel_nodes())
+    """Operations of a node or of everything in a group, of groups in it too."""
+    return sum(flops(part, values) for part in node.body) if node.body else _flops(node, values)
 
 
 def nbytes(node: Node, values: Mapping[str, Value]) -> int:
