@@ -11,6 +11,7 @@ from pocktvm.tvm_api import T, tirx
 
 Expr = Any
 BLOCK = 4
+LINE = 16  # float32 values of a cache line
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,20 @@ class Matrix:
 
 def copy_transposed(source: Matrix, target: Matrix, rows: int, columns: int) -> None:
     """target[c, r] = source[r, c] for a rows x columns source."""
-    for r, height in tiles(rows, BLOCK):
+    for r, height in tiles(rows, LINE):  # whole lines of the target while they are in the cache
         for c, width in tiles(columns, BLOCK):
-            if height == width == BLOCK:
-                _block(source, target, r, c)
-                continue
-            for i in range(height):
-                for j in range(width):
-                    value = load(source.buffer, source.index(r + i, c + j), 1)
-                    store(target.buffer, target.index(c + j, r + i), value, 1)
+            for i in range(0, height, BLOCK):
+                _piece(source, target, r + i, min(BLOCK, height - i), c, width)
+
+
+def _piece(source: Matrix, target: Matrix, r: Expr, height: int, c: Expr, width: int) -> None:
+    if height == width == BLOCK:
+        _block(source, target, r, c)
+        return
+    for i in range(height):
+        for j in range(width):
+            value = load(source.buffer, source.index(r + i, c + j), 1)
+            store(target.buffer, target.index(c + j, r + i), value, 1)
 
 
 def _block(source: Matrix, target: Matrix, r: Expr, c: Expr) -> None:

@@ -23,6 +23,7 @@ from pocktvm.schedule.winograd_weight_grad import WinogradWeightGrad, emit_winog
 
 MEMORY_SHARE = 512  # transformed weights of one layer: at most this part of the device's memory
 LEAST_CHANNELS = 32  # below, the transforms cost what the products save
+LEAST_TILES = 12  # of F4: below, its larger weights are read for too few products
 COST = 16  # operations that moving one value of a large transformed weight costs (11 to 16)
 
 
@@ -46,7 +47,7 @@ class WinogradConv:
         return None
 
     def knobs(self, task: Task) -> Mapping[str, Knob]:
-        """m: the edge of an output tile."""
+        """m: the edge of an output tile; 2 for results, 4 for gradients of large images."""
         return _knobs(task)
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
@@ -138,8 +139,16 @@ def _choices(task: Task) -> tuple[int, ...]:
 
 def _knobs(task: Task) -> dict[str, Knob]:
     choices = _choices(task)
-    # F2 by default: its error is the direct convolution's, F4's first loss is 1e-5 off
-    return {"m": Knob(choices, 2 if 2 in choices else choices[0])}
+    # F4 errs by 1e-5 of the largest value. In a forward pass that is enough for a ReLU to flip, so
+    # F2 is the default there (its error is the direct sum's); in a gradient it goes unnoticed.
+    node = anchor_of(task)
+    best = choices[0]
+    if node.op != "conv2d" and 4 in choices and 2 in choices:
+        n, h, w, _ = task.shape(node.inputs[1 if node.op == "conv2d_weight_grad" else 0])
+        large, small = (n * math.ceil(h / m) * math.ceil(w / m) for m in (4, 2))
+        if large >= LEAST_TILES and 36 * large < 0.8 * 16 * small:
+            best = 4
+    return {"m": Knob(choices, best)}
 
 
 def _gain(task: Task, result: str, source: str) -> float:
