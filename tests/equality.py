@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import nn
 
 import pocktvm
 from pocktvm.frontend.resolve import Source, resolve_model
+from pocktvm.manifest import read_manifest
 
 STEPS = 10
 # Zoo models at shapes that compile and train in seconds; every operator of the full ones is there.
@@ -58,8 +59,10 @@ def torch_run(
     trained: Iterable[str],
     make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
     steps: int = STEPS,
+    parts: Mapping[str, tuple[int, list[int]]] | None = None,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and the final state dict of torch under the same scheme."""
+    """Losses and the final state dict of torch under the same scheme; of a tensor in `parts` only
+    those indices of that axis learn."""
     module = copy.deepcopy(work.source.module).eval()
     names = set(trained)
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -77,7 +80,19 @@ def torch_run(
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+        with torch.no_grad():
+            for name, (axis, indices) in (parts or {}).items():
+                chosen = (slice(None),) * axis + (indices,)
+                trained = module.get_parameter(name)[chosen].clone()
+                module.get_parameter(name).copy_(work.source.module.get_parameter(name))
+                module.get_parameter(name)[chosen] = trained
     return losses, module.state_dict()
+
+
+def trained_parts(artifact: pocktvm.Artifact) -> dict[str, tuple[int, list[int]]]:
+    """Tensor -> (axis, indices) of those that learn in part."""
+    tensors = read_manifest(artifact.path)["tensors"].items()
+    return {n: (t["axis"], t["indices"]) for n, t in tensors if "indices" in t}
 
 
 def our_run(

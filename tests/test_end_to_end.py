@@ -19,6 +19,7 @@ from tests.equality import (
     assert_updates_equal,
     our_run,
     torch_run,
+    trained_parts,
 )
 
 pytestmark = pytest.mark.build
@@ -41,7 +42,8 @@ def check(model: str, scheme: str, optimizer, make_optimizer, lr, exempt=lambda 
     start = {n: t.clone() for n, t in work.source.module.state_dict().items()}
     tied = work.source.module.state_dict()
     losses, state = our_run(artifact, work, lr)
-    theirs, their_state = torch_run(work, artifact.updated, make_optimizer)
+    parts = trained_parts(artifact)
+    theirs, their_state = torch_run(work, artifact.updated, make_optimizer, parts=parts)
     assert_losses_equal(losses, theirs)
     assert_updates_equal(state, their_state, tied, artifact.updated, exempt)
     for name, before in start.items():
