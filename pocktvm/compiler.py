@@ -60,6 +60,7 @@ def compile(
     samples: Mapping[str, Any] | None = None,
     analysis: str | Path | None = None,
     rates: bool = False,
+    resample: bool = False,
     facts: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -82,6 +83,8 @@ def compile(
                     ranked by activation (docs/schemes.md)
     analysis        table of an analysis to choose from, or to go on with, for the scheme "auto"
     rates           the step has one more input, factors of lr by channel (ir/rates.py)
+    resample        the channels that learn of a tensor can be chosen anew between steps, as many as
+                    the scheme names (docs/schemes.md)
     facts           more entries of the manifest
     progress        called as (stage, detail) while it works
 
@@ -97,10 +100,12 @@ def compile(
     options: dict[str, Any] = {"name": name, "scheme": published, "mean": mean, "scale": scale}
     options["dropout"] = dropout
     build = Build(
-        module, example_inputs, wanted, loss_fn, optimizer_rule, device, options, samples
-    )
+        module, example_inputs, wanted, loss_fn, optimizer_rule, device, options, samples,
+        resample,
+    )  # fmt: skip
     if wanted.name == "auto":
-        wanted = automatic_scheme(build, limit, analysis, progress)
+        # what it may choose from is more than parts
+        wanted = automatic_scheme(replace(build, resample=False), limit, analysis, progress)
         build = replace(build, scheme=wanted)
     model, updated = build.resolve()
     stages.saw("import", model.module)

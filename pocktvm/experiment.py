@@ -84,12 +84,15 @@ def evaluate(
     patience: int = 2,
     held_out: float = 0.1,
     threads: int | None = None,
+    resample: int = 0,
     progress: Callable[[str, str], None] | None = None,
 ) -> Evaluation:
     """Train `artifact` (an Artifact, or its folder) once a seed and a learning rate.
 
     train, test   arrays by input name, labels as `y`, axis 0 samples
     patience      epochs without a lower held-out loss after which a run ends
+    resample      epochs after which other channels learn, drawn from the seed (0: never); for
+                  artifacts built with `resample`
     held_out      share of the training samples that only choose (rate, epoch)
 
     Raises PockError for data the artifact does not take, and for too little of it.
@@ -103,7 +106,7 @@ def evaluate(
             for lr in sorted(lrs):
                 if progress:
                     progress(f"seed {seed}", f"lr {lr:g}")
-                run = bench.fit(seed, lr, epochs, patience)
+                run = bench.fit(seed, lr, epochs, patience, resample)
                 if best is None or run.held_out_loss < best.held_out_loss:
                     best = run
                     bench.keep()
@@ -137,7 +140,7 @@ class _Bench:
         self.start, self.best, self.kept = (Path(self.work.name) / n for n in names)
         trainer.save(self.start)
 
-    def fit(self, seed: int, lr: float, epochs: int, patience: int) -> Run:
+    def fit(self, seed: int, lr: float, epochs: int, patience: int, resample: int = 0) -> Run:
         """One run from the artifact's weights; the trainer then holds its best epoch. The test
         samples are not looked at: see `tested`."""
         began = time.perf_counter()
@@ -147,6 +150,8 @@ class _Bench:
         self.trainer.load(self.start)
         lowest, best_epoch = math.inf, 0
         for epoch in range(1, epochs + 1):
+            if resample and epoch > 1 and (epoch - 1) % resample == 0:
+                self.trainer.resample((seed << 32) + epoch)
             self._epoch(rng.permutation(rows), lr)
             loss = float(self._measure(self.train, held)["loss"] or 0.0)
             if loss < lowest:

@@ -23,6 +23,7 @@ from pocktvm.ir.artifact import SelfTest
 from pocktvm.ir.graph import Graph
 from pocktvm.ir.memory import MemoryPlan
 from pocktvm.ir.model import Model
+from pocktvm.ir.part import selectable
 from pocktvm.ir.scheme import Scheme
 from pocktvm.ir.target import Target
 from pocktvm.levers import shrunk
@@ -36,7 +37,8 @@ SMALLER_SCHEMES = ("pockengine", "last")
 @dataclass(frozen=True)
 class Build:
     """Everything that decides the graphs of a build. `options` are import_model's; `samples` are
-    arrays by input name, for schemes that ask for data."""
+    arrays by input name, for schemes that ask for data; with `resample` the trainer may choose
+    other channels for the parts that learn."""
 
     module: Any
     example_inputs: Any
@@ -46,6 +48,7 @@ class Build:
     target: Target
     options: Mapping[str, Any] = field(default_factory=dict)
     samples: Mapping[str, Any] | None = None
+    resample: bool = False
 
     def resolve(self) -> tuple[Model, dict[str, float]]:
         """The model with the scheme's adapters, and what learns of it."""
@@ -56,7 +59,8 @@ class Build:
             specs = label_inputs(model, self.loss)
             arrays = check_data(self.samples, specs, labels_optional=True)
             activity = measure_activity(model, arrays)
-        return model, self.scheme.resolve(model, activity)
+        updated = self.scheme.resolve(model, activity)
+        return model, selectable(model, updated) if self.resample else updated
 
     def estimate(self, limit: int) -> MemoryPlan:
         """Import, differentiate, optimise and shrink to `limit`, up to the kernels."""
@@ -109,7 +113,7 @@ class Build:
             return lambda: now - build.estimate(limit).total_bytes
 
         found = {
-            f"--scheme {name}": saves(replace(self, scheme=Scheme.parse(name)))
+            f"--scheme {name}": saves(replace(self, scheme=Scheme.parse(name), resample=False))
             for name in SMALLER_SCHEMES
             if name != str(self.scheme)
         }

@@ -117,7 +117,9 @@ def _sources(
         parameter = model.parameters[name]
         if name in trained:
             value = parameter.value.astype("float32", copy=False)
-            part = (parts[name].axis, parts[name].indices) if name in parts else None
+            # of a selectable part every index may have learned: it is kept whole
+            fixed = name in parts and not parts[name].selectable
+            part = (parts[name].axis, parts[name].indices) if fixed else None
             param = Param(name, value, "trained", None, parameter.aliases, part)
             env[var] = builder.param(param)
         else:

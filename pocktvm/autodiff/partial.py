@@ -4,7 +4,8 @@
 
 The forward reads the whole weight. Of its gradient a slice is asked, which passes/sink_slices.py
 carries through the weight gradient to the activation; the optimizer sees a tensor of the slice's
-shape, so its state has it, too; `put` writes the slice into the weight where it lies.
+shape, so its state has it, too; `put` writes the slice into the weight where it lies. The indices
+are constants, or of a selectable part an int32 parameter that the trainer may change.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from pocktvm.autodiff.to_graph import GraphBuilder
+from pocktvm.ir.graph import Param
 from pocktvm.ir.part import Part
 from pocktvm.ir.rates import RATES, Rates
 
@@ -24,8 +26,9 @@ def take_parts(
     """(tensor -> gradient of what learns of it, tensor -> value of what learns of it)."""
     cut, slices = dict(gradients), {}
     for tensor, part in parts.items():
-        cut[tensor] = _take(builder, gradients[tensor], part, f"{tensor}:grad")
-        slices[tensor] = _take(builder, tensor, part, f"{tensor}:part")
+        indices = _indices(builder, tensor, part)
+        cut[tensor] = _take(builder, gradients[tensor], part, indices, f"{tensor}:grad")
+        slices[tensor] = _take(builder, tensor, part, indices, f"{tensor}:part")
         # in front of the forward: an update is fused with its gradient where its operands exist
         builder.nodes.insert(0, builder.nodes.pop())
     return cut, slices
@@ -33,7 +36,7 @@ def take_parts(
 
 def put_part(builder: GraphBuilder, tensor: str, part: Part, value: str) -> str:
     """`tensor` with `value` in place of its slice; to be its update."""
-    indices = _indices(builder, part)
+    indices = _indices(builder, tensor, part)
     whole = builder.values[tensor]
     return builder.node(
         "put", tensor, indices, value,
@@ -57,15 +60,19 @@ def take_rates(builder: GraphBuilder, rates: Rates, tensor: str) -> str:
     )
 
 
-def _take(builder: GraphBuilder, name: str, part: Part, hint: str) -> str:
+def _take(builder: GraphBuilder, name: str, part: Part, indices: str, hint: str) -> str:
     shape = list(builder.values[name].shape)
     shape[part.axis] = len(part.indices)
     return builder.node(
-        "take", name, _indices(builder, part),
+        "take", name, indices,
         shape=shape, role="gradient", layer=hint.rpartition(":")[0].rpartition(".")[0],
         name=hint, axis=part.axis, mode="clip",
     )  # fmt: skip
 
 
-def _indices(builder: GraphBuilder, part: Part) -> str:
-    return builder.const(np.asarray(part.indices, np.int32))
+def _indices(builder: GraphBuilder, tensor: str, part: Part) -> str:
+    indices = np.asarray(part.indices, np.int32)
+    if not part.selectable:
+        return builder.const(indices)
+    name = f"selection/{tensor}"
+    return builder.param(Param(name, indices, "selection", selects=(tensor, part.axis)))

@@ -58,9 +58,11 @@ class GraphBuilder:
         return name
 
     def param(self, param: Param) -> str:
-        """A trained tensor or an optimizer's state."""
-        self.params[param.name] = param
-        return self.define(param.name, param.value.shape)
+        """A trained tensor, an optimizer's state, or a selection."""
+        if param.name not in self.params:
+            self.params[param.name] = param
+            self.define(param.name, param.value.shape, str(param.value.dtype))
+        return param.name
 
     def scalar(self, formula: str, dtype: str = "float32") -> str:
         """A number the runtime computes before each step, once per formula."""

@@ -47,6 +47,9 @@ def build(
     budget: Budget = None,
     threads: Annotated[int | None, typer.Option(min=1, help="default number of threads")] = None,
     dropout: Annotated[bool, typer.Option("--dropout", help="the step drops, seeded")] = False,
+    resample: Annotated[
+        bool, typer.Option("--resample", help="channels that learn can be chosen while it trains")
+    ] = False,
     data: Annotated[Path | None, typer.Option(help="samples, for --scheme auto")] = None,
     analysis: Annotated[Path | None, typer.Option(help="table of `pocktvm scheme`")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="the artifact's folder")] = None,
@@ -57,7 +60,7 @@ def build(
     wanted: dict[str, Any] = {
         "model": model, "scheme": scheme, "batch": batch, "loss": loss, "optimizer": optimizer,
         "lr": lr, "budget": budget, "threads": threads, "dropout": dropout,
-        "analysis": analysis,
+        "analysis": analysis, "resample": resample,
     }  # fmt: skip
     device = _check(target, scheme, weights, data or analysis)
     folder = out or Path("build") / device.name / model_name(model)
@@ -148,6 +151,7 @@ def _compile(
             budget=wanted["budget"],
             threads=wanted["threads"],
             dropout=wanted["dropout"],
+            resample=wanted["resample"],
             name=source.name,
             published=source.scheme,
             mean=source.mean,

@@ -39,6 +39,9 @@ def run(
     save: Annotated[Path | None, typer.Option(help="checkpoint to write, at the end too")] = None,
     save_every: Every = None,
     resume: Annotated[Path | None, typer.Option(help="checkpoint to go on from")] = None,
+    resample: Annotated[
+        int | None, typer.Option(min=1, metavar="EPOCHS", help="other channels learn this often")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="order of the samples, masks")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
 ) -> None:
@@ -46,6 +49,8 @@ def run(
     if save_every is not None and save is None:
         raise typer.BadParameter("--save-every needs --save FILE")
     manifest = read_manifest(artifact)
+    if resample is not None:
+        _check_resample(manifest, data)
     check_files(artifact, manifest)
     emulator = emulator_of(manifest)
     _check_paths(save, resume)
@@ -54,6 +59,7 @@ def run(
         command += ["--die-with-parent", *(["--emulated"] if emulator else [])]
         command += _flags(
             steps=steps, lr=lr, threads=threads, save=save, resume=resume, seed=seed,
+            resample=resample,
             save_every=None if save_every is None else f"{save_every:g}s",
         )  # fmt: skip
         command += ["--json"] if as_json else []
@@ -75,6 +81,16 @@ def _data_flags(data: Path | None, manifest: dict[str, Any]) -> Iterator[list[st
 
     with device_file(data, manifest_inputs(manifest)) as path:
         yield ["--data", str(path)]
+
+
+def _check_resample(manifest: dict[str, Any], data: Path | None) -> None:
+    if not any(t["kind"] == "selection" for t in manifest["tensors"].values()):
+        raise PockError(
+            "--resample: the channels that learn are fixed in this artifact; build it with "
+            "--resample to choose them."
+        )
+    if data is None:
+        raise PockError("--resample counts epochs: give --data")
 
 
 def _check_paths(save: Path | None, resume: Path | None) -> None:

@@ -21,7 +21,8 @@ from pocktvm.errors import InternalError, PockError
 from pocktvm.ir.target import Toolchain
 
 C_FOLDER = Path(__file__).parent.parent / "runtime" / "c"
-RUNTIME = ("runtime", "threads", "checkpoint", "safetensors", "inputs", "kernel_abi", "process")
+RUNTIME = ("runtime", "threads", "checkpoint", "select", "safetensors", "inputs", "kernel_abi",
+           "process")  # fmt: skip
 RUNNER = ("main", "train", "source", "generate", "selftest", "serve", "library", "json")
 TIMER = ("threads", "kernel_abi", "process")
 LOADER = ("elf_loader", "elf_imports")

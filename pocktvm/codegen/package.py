@@ -18,6 +18,7 @@ import numpy as np
 from pocktvm.codegen.step import fingerprint, label_names, torch_array
 from pocktvm.errors import PockError
 from pocktvm.ir.artifact import Identity
+from pocktvm.ir.graph import Param
 from pocktvm.ir.kernels import Kernels
 from pocktvm.ir.memory import MemoryPlan
 from pocktvm.ir.target import Target
@@ -172,9 +173,16 @@ def _tensors(kernels: Kernels) -> dict[str, dict[str, Any]]:
         p.name: {
             "kind": p.kind, "shape": list(p.torch_shape), "aliases": list(p.aliases),
             **({} if p.part is None else {"axis": p.part[0], "indices": list(p.part[1])}),
+            **({} if p.selects is None else _selection(p, kernels.params[p.selects[0]])),
         }
         for p in params
     }  # fmt: skip
+
+
+def _selection(param: Param, tensor: Param) -> dict[str, Any]:
+    axis = (param.selects or ("", 0))[1]
+    return {"of": tensor.name, "axis": axis, "extent": tensor.torch_shape[axis],
+            "indices": param.value.tolist()}  # fmt: skip
 
 
 def _plan(plan: MemoryPlan) -> dict[str, Any]:

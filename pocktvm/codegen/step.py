@@ -29,6 +29,7 @@ _FORMULAS = {
     "bias_correction": "PK_SCALAR_BIAS_CORRECTION",
     "dropout_seed": "PK_SCALAR_DROPOUT_SEED",
 }
+_KINDS = {"trained": "PK_TRAINED", "optimizer": "PK_OPTIMIZER", "selection": "PK_SELECTION"}
 _INPUT_DTYPES = {"float32": "POCKTVM_FLOAT32", "int32": "POCKTVM_INT32"}
 
 
@@ -56,6 +57,10 @@ class Writer:
         if root not in offsets:
             raise InternalError(f"{program.name}: the plan has no place for '{root}' ('{name}')")
         return "PK_ARENA", offsets[root]
+
+    def tensors(self) -> list[str]:
+        """Values of the parameters, in the order of the table."""
+        return sorted(self.kernels.params, key=lambda n: self.kernels.params[n].name.encode())
 
     def arena_offset(self, program: Program, name: str) -> int:
         """Offset of a buffer that must lie in the arena."""
@@ -188,7 +193,7 @@ def _scalar(w: Writer, program: Program, buffer: str, formula: str) -> str:
 def _write_tensors(w: Writer) -> None:
     rows: list[str] = []
     names: list[str] = []
-    for name in sorted(w.kernels.params, key=lambda n: w.kernels.params[n].name.encode()):
+    for name in w.tensors():
         param = w.kernels.params[name]
         aliases = f"aliases_{len(rows)}"
         w.parts.append(array("char *const", aliases, [*map(text, param.aliases), "0"]))
@@ -199,25 +204,25 @@ def _write_tensors(w: Writer) -> None:
 
 
 def _tensor(w: Writer, name: str, param: Param, aliases: str) -> str:
-    if param.value.dtype != np.float32:
+    if param.value.dtype != np.float32 and param.selects is None:
         raise InternalError(f"'{param.name}' is {param.value.dtype}; trained tensors are float32")
     homes = [p for p in w.kernels.programs.values() if name in p.buffers]
     planned = [p for p in homes if p.root(name) in w.plan.offsets[p.name]]
     if not planned:
         raise InternalError(f"the plan has no place for '{param.name}'")
-    optimizer = param.kind == "optimizer"
+    kept = param.kind == "optimizer" and bool(param.value.any())
     axis, indices = param.part or (-1, ())
     part = "NULL"
     if indices:
         part = f"part_{aliases}"
         w.parts.append(array("int32_t", part, map(str, indices)))
     starts_at = "PK_NOWHERE"
-    if optimizer and param.value.any():
+    if kept or param.selects:
         starts_at = str(w.frozen.add(param.value))
     return struct({
         "name": text(param.name),
         "aliases": aliases,
-        "optimizer": int(optimizer),
+        "kind": _KINDS[param.kind],
         "ndim": param.value.ndim,
         "shape": w.shapes.add(param.torch_shape),
         "strides": w.shapes.add(torch_strides(param)),
@@ -227,6 +232,8 @@ def _tensor(w: Writer, name: str, param: Param, aliases: str) -> str:
         "part_axis": axis,
         "part_count": len(indices),
         "part": part,
+        "selects": w.tensors().index(param.selects[0]) if param.selects else -1,
+        "select_axis": param.selects[1] if param.selects else -1,
     })  # fmt: skip
 
 
@@ -353,6 +360,7 @@ def _write_model(w: Writer, frozen_file: str | None) -> None:
         "n_calls": len(labels),
         "call_labels": "call_labels",
         "selftest": "&selftest" if w.self_test.losses else "NULL",
+        "n_selections": sum(p.kind == "selection" for p in w.kernels.params.values()),
     }
     model: dict[str, object] = {
         "plan": struct(facts),

@@ -106,15 +106,18 @@ class Param:
     `name` is torch's (`blocks.0.weight`; an optimizer's state is `<state>/<parameter>`, such as
     `exp_avg/blocks.0.weight`); the graph's value has the same name. `perm` maps torch's axes to the
     stored ones: stored = torch_array.transpose(perm), None for identity. Of a trained tensor with
-    a `part` only the indices part[1] along torch's axis part[0] ever change.
+    a `part` only the indices part[1] along torch's axis part[0] ever change. A `selection` is
+    int32: the indices, increasing, along torch's axis selects[1] of the tensor selects[0] that
+    learn; no step changes it, the caller may between steps.
     """
 
     name: str
     value: np.ndarray  # in the stored layout
-    kind: str  # trained | optimizer
+    kind: str  # trained | optimizer | selection
     perm: tuple[int, ...] | None = None
     aliases: tuple[str, ...] = ()
     part: tuple[int, tuple[int, ...]] | None = None
+    selects: tuple[str, int] | None = None
 
     @property
     def torch_shape(self) -> tuple[int, ...]:

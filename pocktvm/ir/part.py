@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pocktvm.errors import PockError
-from pocktvm.ir.model import Axes, Parameter
+from pocktvm.ir.model import Axes, Model, Parameter
 
 SIDES = ("in", "out")
 RANKINGS = ("magnitude", "activation")
@@ -25,15 +25,21 @@ RANKINGS = ("magnitude", "activation")
 class Part(float):
     """The share of a tensor that learns, with its `indices` (increasing) along `axis`.
 
-    A plain 1.0 stands for the whole tensor wherever a share is told.
+    A plain 1.0 stands for the whole tensor wherever a share is told. Of a `selectable` part the
+    indices are those of the first step; the running trainer may choose as many others.
     """
 
     axis: int
     indices: tuple[int, ...]
+    extent: int
+    selectable: bool
 
-    def __new__(cls, axis: int, indices: tuple[int, ...], extent: int) -> Part:
+    def __new__(
+        cls, axis: int, indices: tuple[int, ...], extent: int, selectable: bool = False
+    ) -> Part:
         part = super().__new__(cls, len(indices) / extent)
-        part.axis, part.indices = axis, indices
+        part.axis, part.indices, part.extent = axis, indices, extent
+        part.selectable = selectable
         return part
 
 
@@ -137,6 +143,31 @@ def choose(
     if len(rows) == extent:
         return 1.0
     return Part(axis, tuple(int(i) for i in rows), extent)
+
+
+def selectable(model: Model, updated: Mapping[str, float]) -> dict[str, float]:
+    """`updated` with every part selectable whose channels any others can stand in for: all but
+    those of grouped convolutions, where a channel has rows in several groups.
+
+    Raises PockError where that leaves nothing to choose.
+    """
+    chosen = dict(updated)
+    for name, part in updated.items():
+        if isinstance(part, Part) and _is_plain(model.channels.get(name, Axes()), model, name):
+            chosen[name] = Part(part.axis, part.indices, part.extent, True)
+    if not any(isinstance(p, Part) and p.selectable for p in chosen.values()):
+        raise PockError(
+            "nothing to re-sample: the scheme trains no tensor in part, or only parts of grouped "
+            "convolutions.\n  Give a weight a share below 1, such as "
+            "'{\"blocks.3.pw1.0.weight\": 0.25}'."
+        )
+    return chosen
+
+
+def _is_plain(axes: Axes, model: Model, name: str) -> bool:
+    shape = model.parameters[name].value.shape
+    depthwise = axes.groups > 1 and shape[axes.inputs] == 1 and not _multiplied(shape, axes)
+    return len(shape) == 1 or axes.groups == 1 or depthwise
 
 
 _WORDS = {"in": "input", "out": "output"}

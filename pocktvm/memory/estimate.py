@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pocktvm.ir.graph import Graph, Node
 from pocktvm.ir.memory import CLASSES, MemoryPlan
 from pocktvm.ir.ops import VIEWS
-from pocktvm.memory.lifetimes import aligned
+from pocktvm.memory.lifetimes import CLASS_OF, aligned
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def estimate(graphs: Sequence[Graph]) -> MemoryPlan:
     consts = {name: array for graph in graphs for name, array in graph.consts.items()}
     by_class = dict.fromkeys(CLASSES, 0)
     for param in params.values():
-        by_class[param.kind] += aligned(int(param.value.nbytes))
+        by_class[CLASS_OF[param.kind]] += aligned(int(param.value.nbytes))
     persistent = sum(by_class.values())
     by_class["frozen"] = sum(int(a.nbytes) for a in consts.values())
     peak = max((_peak(graph) for graph in graphs), key=lambda p: p.nbytes)

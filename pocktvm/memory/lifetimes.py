@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 from pocktvm.ir.kernels import ALIGN, Call, Kernel, Program
 
-PERSISTENT = frozenset({"trained", "optimizer", "scalar"})
+PERSISTENT = frozenset({"trained", "optimizer", "selection", "scalar"})
 CLASS_OF = {
     "frozen": "frozen",
     "trained": "trained",
     "optimizer": "optimizer",
+    "selection": "workspace",
     "scalar": "workspace",
     "input": "activations",
     "activation": "activations",

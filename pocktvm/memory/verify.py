@@ -14,7 +14,7 @@ from pocktvm.errors import InternalError
 from pocktvm.ir.kernels import ALIGN, Call, Kernels, Program
 from pocktvm.ir.memory import MemoryPlan
 
-_KEPT = ("trained", "optimizer", "scalar")
+_KEPT = ("trained", "optimizer", "selection", "scalar")
 
 
 def verify(kernels: Kernels, plan: MemoryPlan) -> None:

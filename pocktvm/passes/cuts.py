@@ -1,7 +1,7 @@
 """The algebra of strided slices: how a cut of one tensor becomes a cut of another.
 
 A cut has one entry per axis: None keeps the axis whole, (begin, end, stride) keeps a progression,
-`Picked` any other increasing indices.
+`Picked` any other increasing indices, `Selected` as many as it holds, which are known at run time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,27 @@ Shape = tuple[int, ...]
 
 class Picked(tuple[int, ...]):
     """The indices kept of an axis, where they are no progression."""
+
+
+class Selected(Picked):
+    """Indices that the running trainer chooses; the value `source` holds them, as it holds these
+    first ones. It can only be carried over as it is: no other indices follow from it here."""
+
+    source: str
+
+    def __new__(cls, indices: Sequence[int], source: str) -> Selected:
+        entry = super().__new__(cls, indices)
+        entry.source = source
+        return entry
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Selected) and other.source == self.source
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.source)
 
 
 Cut = tuple[Range | Picked | None, ...]
@@ -103,8 +124,14 @@ def reshaped_cut(cut: Cut, before: Shape, after: Shape) -> Cut | None:
         return None
     dims, old, new = pieces
     fine: dict[int, list[int]] = {}
+    whole: dict[int, Selected] = {}
     for axis, parts in enumerate(old):
         if (entry := cut[axis]) is None:
+            continue
+        if isinstance(entry, Selected):
+            if parts not in new:
+                return None
+            whole[new.index(parts)] = entry
             continue
         split = _split(entry, [dims[p] for p in parts])
         if split is None:
@@ -113,6 +140,9 @@ def reshaped_cut(cut: Cut, before: Shape, after: Shape) -> Cut | None:
     result: list[Range | Picked | None] = []
     free = any(isinstance(c, Picked) for c in cut)
     for axis, parts in enumerate(new):
+        if axis in whole:
+            result.append(whole[axis])
+            continue
         sets = [fine.get(p, list(range(dims[p]))) for p in parts]
         if all(len(s) == dims[p] for s, p in zip(sets, parts, strict=True)):
             result.append(None)

@@ -10,6 +10,7 @@ from pocktvm.passes.cuts import (
     Cut,
     Picked,
     Range,
+    Selected,
     Shape,
     cut_attrs,
     cut_of,
@@ -66,7 +67,11 @@ class Slicer(Editor):
         out = self.declare(f"{name}~cut", cut_shape(cut, shape), self.values[name])
         if op == "strided_slice":
             return Node(op, (name,), (out,), cut_attrs(cut, shape), layer)
-        indices = self.const(np.asarray(cut[axis], np.int32), "indices")
+        entry = cut[axis]
+        if isinstance(entry, Selected):
+            indices = entry.source
+        else:
+            indices = self.const(np.asarray(entry, np.int32), "indices")
         return Node(op, (name, indices), (out,), {"axis": axis, "mode": "clip"}, layer)
 
     def cut(self, node: Node) -> Cut | None:
@@ -74,7 +79,13 @@ class Slicer(Editor):
         shape = self.shape(node.inputs[0])
         if node.op == "strided_slice":
             return cut_of(node.attrs, shape)
-        indices = self.consts.get(node.inputs[1]) if node.op == "take" else None
+        if node.op != "take":
+            return None
+        if (selection := self.params.get(node.inputs[1])) is not None:
+            axis = int(node.attrs["axis"]) % len(shape)
+            chosen = Selected(selection.value.tolist(), selection.name)
+            return tuple(chosen if i == axis else None for i in range(len(shape)))
+        indices = self.consts.get(node.inputs[1])
         if indices is None or indices.ndim != 1 or not (np.diff(indices) > 0).all():
             return None
         axis = int(node.attrs.get("axis") or 0) % len(shape)
@@ -95,7 +106,11 @@ def conv_operands(node: Node, cut: Cut, out: Shape, shapes: list[Shape]) -> list
     if left == 0:
         return None
     x: Range | Picked | None = i
-    if left < groups and o is not None:  # whole groups of one input channel each
+    if groups > 1 and any(isinstance(entry, Selected) for entry in (o, i)):
+        if out[:2] != (groups, 1):
+            return None
+        x = o  # depthwise: a group is a channel of either side
+    elif left < groups and o is not None:  # whole groups of one input channel each
         size = out[0] // groups
         x = picked([c // size for c in kept(o, out[0])[::size]], groups)
     elif groups > 1 and i is not None:

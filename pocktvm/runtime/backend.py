@@ -26,6 +26,8 @@ class Backend(Protocol):
     def predict(self, batch: Batch, shape: tuple[int, ...]) -> np.ndarray: ...
     def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray: ...
     def set(self, name: str, value: np.ndarray) -> None: ...
+    def select(self, name: str, indices: np.ndarray) -> None: ...
+    def resample(self, seed: int) -> None: ...
     def save(self, path: str) -> None: ...
     def load(self, path: str) -> None: ...
     def info(self) -> dict[str, int]: ...
@@ -93,6 +95,7 @@ class _Plan(ctypes.Structure):
         ("steps", ctypes.c_int64),
         ("rss_open_bytes", ctypes.c_int64),
         ("seed", ctypes.c_uint64),
+        ("n_selections", ctypes.c_int32),
     ]
 
 
@@ -119,6 +122,7 @@ class InProcess:
         arguments: dict[str, list[Any]] = {
             "open": [p, p], "close": [p], "step": [p, p, ctypes.c_double, f],
             "predict": [p, p, f], "save": [p, s], "load": [p, s], "tensor": [p, s, p],
+            "select": [p, s, p, ctypes.c_int32], "resample": [p, ctypes.c_uint64],
             "plan": [p], "last_error": [p],
         }  # fmt: skip
         for name, types in arguments.items():
@@ -167,6 +171,15 @@ class InProcess:
     def set(self, name: str, value: np.ndarray) -> None:
         """Overwrite a tensor, given in torch's layout."""
         self._view(name)[...] = value
+
+    def select(self, name: str, indices: np.ndarray) -> None:
+        """Let these indices of a tensor learn; int32."""
+        data, count = indices.ctypes.data, len(indices)
+        self._check(self._lib.pocktvm_select(self._handle, name.encode(), data, count))
+
+    def resample(self, seed: int) -> None:
+        """Draw every selection anew."""
+        self._check(self._lib.pocktvm_resample(self._handle, seed))
 
     def save(self, path: str) -> None:
         """Write a checkpoint."""
@@ -269,6 +282,14 @@ class Piped:
     def set(self, name: str, value: np.ndarray) -> None:
         """Overwrite a tensor, given in torch's layout."""
         self._ask(f"set {name}", [(value, FLOAT32)])
+
+    def select(self, name: str, indices: np.ndarray) -> None:
+        """Let these indices of a tensor learn; int32."""
+        self._ask(f"select {len(indices)} {name}", [(indices, INT32)])
+
+    def resample(self, seed: int) -> None:
+        """Draw every selection anew."""
+        self._ask(f"resample {seed}")
 
     def save(self, path: str) -> None:
         """Write a checkpoint."""

@@ -146,6 +146,57 @@ class Trainer:
         states = {n: tuple(t["shape"]) for n, t in tensors if t["kind"] == "optimizer"}
         return {name: self._live().get(name, shape) for name, shape in states.items()}
 
+    @property
+    def selection(self) -> dict[str, list[int]]:
+        """Tensor -> its channels that learn now, of an artifact built with `resample`."""
+        live = self._live()
+        return {
+            entry["of"]: live.get(name, tuple(entry["shape"])).view(np.int32).tolist()
+            for name, entry in self._selections().items()
+        }
+
+    def select(self, channels: Mapping[str, Sequence[int]]) -> None:
+        """Let other channels learn from the next step on: tensor -> as many indices as before.
+
+        What channels have learned stays. Optimizer state stays with the channels that go on, and
+        starts anew for the others. PockError: the artifact was not built with `resample`, or names,
+        counts or indices do not fit; nothing has changed then.
+        """
+        backend = self._live()
+        entries = self._selections()
+        if not entries:
+            raise PockError(
+                "the channels that learn are fixed in this artifact; build it with --resample "
+                "(resample=True) to choose them."
+            )
+        known = self._names_of_selections(entries)
+        checked = {n: _indices(n, v, known.get(n), sorted(known)) for n, v in channels.items()}
+        if len({known[n]["of"] for n in checked}) < len(checked):
+            raise PockError("select: a tensor is given twice, by two of its names")
+        for name, indices in checked.items():
+            backend.select(name, indices)
+
+    def resample(self, seed: int) -> None:
+        """`select` as many random channels of every such tensor; they follow from the seed alone.
+        A checkpoint holds what was chosen."""
+        if not 0 <= int(seed) < 2**63:
+            raise PockError(f"seed = {seed}; give an integer from 0 to 2**63 - 1")
+        self._live().resample(int(seed))
+
+    def _selections(self) -> dict[str, dict[str, Any]]:
+        tensors = self._manifest["tensors"].items()
+        return {name: entry for name, entry in tensors if entry["kind"] == "selection"}
+
+    def _names_of_selections(
+        self, entries: Mapping[str, dict[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
+        tensors = self._manifest["tensors"]
+        return {
+            name: entry
+            for entry in entries.values()
+            for name in (entry["of"], *tensors[entry["of"]]["aliases"])
+        }
+
     def save(self, path: str | Path) -> None:
         """Trained tensors, optimizer state and step count as safetensors, replaced atomically."""
         self._live().save(os.path.abspath(path))
@@ -221,6 +272,30 @@ def _convert(value: Any, spec: Input, what: str) -> tuple[np.ndarray, int]:
         )
     dtype = UINT8_NHWC if last and array.shape != spec.shape else known[kind]
     return np.ascontiguousarray(array), dtype
+
+
+def _indices(
+    name: str, value: Sequence[int], entry: Mapping[str, Any] | None, names: Sequence[str]
+) -> np.ndarray:
+    """A selection as the library takes it."""
+    if entry is None:
+        more = ", …" if len(names) > 6 else ""
+        raise PockError(
+            f"select: '{name}' has no channels to choose in this artifact.\n"
+            f"  It has for: {', '.join(names[:6])}{more}."
+        )
+    array = np.asarray(value)
+    count, extent = entry["shape"][0], entry["extent"]
+    whole = array.dtype.kind in "iu" and array.ndim == 1
+    if not whole or len(array) != count or len(np.unique(array)) != count:
+        given = f"{len(np.unique(array))} given" if whole else f"not {value!r}"
+        raise PockError(f"select: '{name}' takes {count} different channel indices; {given}.")
+    wrong = [int(i) for i in array if not 0 <= i < extent]
+    if wrong:
+        raise PockError(
+            f"select: '{name}' has {extent} channels, numbered from 0; there is no {wrong[0]}."
+        )
+    return np.ascontiguousarray(array, np.int32)
 
 
 def _channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:

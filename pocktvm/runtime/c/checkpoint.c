@@ -82,6 +82,8 @@ typedef struct {
   int64_t at; /* element in the arena's order */
 } walker;
 
+static const char *dtype_of(const pk_tensor *t) { return t->kind == PK_SELECTION ? "I32" : "F32"; }
+
 static int64_t extent(const pk_tensor *t, int32_t axis, int part) {
   return part && axis == t->part_axis ? t->part_count : t->shape[axis];
 }
@@ -201,7 +203,7 @@ static int build_header(pocktvm *m, writer *w) {
   for (int32_t i = 0; i < m->plan.n_tensors && !failed; i++) {
     const pk_tensor *tensor = &pk_the_model.tensors[i];
     failed |= add_text(w, ",") | add_string(w, tensor->name);
-    failed |= add_text(w, ":{\"dtype\":\"F32\",\"shape\":[");
+    failed |= add_text(w, ":{\"dtype\":\"%s\",\"shape\":[", dtype_of(tensor));
     for (int32_t d = 0; d < tensor->ndim; d++)
       failed |= add_text(w, d ? ",%lld" : "%lld", (long long)extent(tensor, d, 1));
     int64_t end = at + count(tensor, 1) * 4;
@@ -290,21 +292,24 @@ static void describe_shape(const st_tensor *found, const pk_tensor *tensor, int 
   for (int32_t i = 0; i < found->ndim && used < room; i++)
     used += (size_t)snprintf(text + used, room - used, i ? ",%lld" : "%lld",
                              (long long)found->shape[i]);
-  if (used < room) used += (size_t)snprintf(text + used, room - used, "], not F32[");
+  if (used < room) used += (size_t)snprintf(text + used, room - used, "], not %s[", dtype_of(tensor));
   for (int32_t i = 0; i < tensor->ndim && used < room; i++)
     used += (size_t)snprintf(text + used, room - used, i ? ",%lld" : "%lld",
                              (long long)extent(tensor, i, part));
   if (used < room) snprintf(text + used, room - used, "]");
 }
 
+static const char *const WHAT[] = {"trained", "optimizer state", "which channels learn"};
+
 static int check_one(pocktvm *m, const st_file *file, const char *path, const pk_tensor *tensor,
                      int part) {
   const st_tensor *found = st_find(file, tensor->name);
   if (!found)
     return pk_fail(m, POCKTVM_BAD_FILE, "%s does not fit this model: it has no tensor '%s' (%s); "
-                   "was it made with another scheme or optimizer?", path, tensor->name,
-                   tensor->optimizer ? "optimizer state" : "trained");
-  int same = strcmp(found->dtype, "F32") == 0 && found->ndim == tensor->ndim;
+                   "was it made with another scheme or optimizer%s?", path, tensor->name,
+                   WHAT[tensor->kind],
+                   tensor->kind == PK_SELECTION ? ", or without --resample" : "");
+  int same = strcmp(found->dtype, dtype_of(tensor)) == 0 && found->ndim == tensor->ndim;
   for (int32_t d = 0; d < tensor->ndim && same; d++)
     same = found->shape[d] == extent(tensor, d, part);
   if (same) return POCKTVM_OK;
@@ -362,6 +367,22 @@ static int check_bytes(pocktvm *m, const st_file *file, const char *path) {
                  expected, actual);
 }
 
+/* A kernel writes where these indices say. */
+static int check_selection(pocktvm *m, const st_file *file, const char *path,
+                           const pk_tensor *selection) {
+  if (selection->kind != PK_SELECTION) return POCKTVM_OK;
+  size_t nbytes = (size_t)selection->size * sizeof *m->chosen;
+  if (st_read(file, st_find(file, selection->name)->begin, m->chosen, nbytes))
+    return pk_fail(m, POCKTVM_IO, "%s cannot be read: %s", path, strerror(errno));
+  for (int64_t i = 0; i < selection->size; i++) {
+    const char *wrong = pk_bad_selection(selection, m->chosen, i);
+    if (wrong)
+      return pk_fail(m, POCKTVM_BAD_FILE, "%s does not fit this model: in '%s' index %d is %s", path,
+                     selection->name, (int)m->chosen[i], wrong);
+  }
+  return POCKTVM_OK;
+}
+
 static int read_tensor(pocktvm *m, const st_file *file, const char *path, const pk_tensor *tensor,
                        int part) {
   float chunk[CHUNK];
@@ -386,6 +407,8 @@ static int load_open_file(pocktvm *m, const st_file *file, const char *path) {
   if (!status) status = check_extra(m, file, path);
   if (!status) status = check_bytes(m, file, path);
   for (int32_t i = 0; i < m->plan.n_tensors && !status; i++)
+    status = check_selection(m, file, path, &pk_the_model.tensors[i]);
+  for (int32_t i = 0; i < m->plan.n_tensors && !status; i++)
     status = read_tensor(m, file, path, &pk_the_model.tensors[i], 1);
   const char *seed = st_metadata(file, "seed");
   if (!status && seed) m->plan.seed = strtoull(seed, NULL, 10);
@@ -408,7 +431,7 @@ int pocktvm_load(pocktvm *m, const char *path) {
 /* --- what training starts from --- */
 
 static int initial_tensor(pocktvm *m, const st_file *file, const char *path, const pk_tensor *t) {
-  if (!t->optimizer) {
+  if (t->kind == PK_TRAINED) {
     int status = check_one(m, file, path, t, 0);
     return status ? status : read_tensor(m, file, path, t, 0);
   }

@@ -43,6 +43,7 @@ typedef int (*pk_kernel)(void *self, const pk_any *args, int32_t n, pk_any *resu
 
 enum { PK_ARENA = 0, PK_FROZEN = 1 };
 enum { PK_SCALAR_LR = 0, PK_SCALAR_BIAS_CORRECTION = 1, PK_SCALAR_DROPOUT_SEED = 2 };
+enum { PK_TRAINED = 0, PK_OPTIMIZER = 1, PK_SELECTION = 2 };
 enum { PK_NOWHERE = -1 };
 
 typedef struct {
@@ -118,13 +119,14 @@ typedef struct {
 typedef struct {
   const char *name;
   const char *const *aliases; /* ends with NULL */
-  int32_t optimizer;
+  int32_t kind; /* PK_TRAINED | PK_OPTIMIZER | PK_SELECTION */
   int32_t ndim;
   const int64_t *shape, *strides; /* torch's axes */
   int64_t offset, size;
-  int64_t initial; /* optimizer state: offset of its first value in the frozen pages, or nowhere */
+  int64_t initial; /* of what is not trained: its first value in the frozen pages; nowhere: zeros */
   int32_t part_axis, part_count; /* only these indices of an axis learn; -1: all of it */
   const int32_t *part;
+  int32_t selects, select_axis; /* a selection's tensor (into pk_model.tensors) and its axis */
 } pk_tensor;
 
 typedef struct {
@@ -161,6 +163,7 @@ struct pocktvm {
   pk_bound step, predict;
   pk_pool *pool;
   int64_t *call_ns;
+  int32_t *chosen; /* room for the longest selection */
   pk_device *device; /* NULL: the processor */
   int device_newer;  /* steps were done since the state was last fetched */
   int host_newer;    /* the caller was handed the state and may have changed it */
@@ -188,12 +191,17 @@ int pk_online_cpus(void);
 /* runtime.c: the trained state on the processor's side is the device's, and the reverse */
 int pk_fetch_state(pocktvm *m);
 int pk_send_state(pocktvm *m);
+int pk_has_name(const pk_tensor *tensor, const char *name); /* torch's, or an alias */
 
 /* cuda.c */
 extern const pk_device_api pk_cuda;
 
 /* inputs.c */
 int pk_copy_input(pocktvm *m, const pocktvm_input *input, const pocktvm_array *array, char *dest);
+
+/* select.c */
+int pk_reserve_selections(pocktvm *m);
+const char *pk_bad_selection(const pk_tensor *selection, const int32_t *indices, int64_t position);
 
 /* checkpoint.c */
 int pk_load_initial(pocktvm *m, const char *path);

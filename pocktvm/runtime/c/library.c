@@ -29,7 +29,8 @@
 
 int pk_load_library(const char *artifact, pk_api *api, char *folder, size_t room) {
   *api = (pk_api){pocktvm_open, pocktvm_close, pocktvm_step,   pocktvm_predict,   pocktvm_save,
-                  pocktvm_load, pocktvm_tensor, pocktvm_plan,  pocktvm_last_error};
+                  pocktvm_load, pocktvm_tensor, pocktvm_select, pocktvm_resample,
+                  pocktvm_plan, pocktvm_last_error};
   snprintf(folder, room, "%s", artifact);
   return 0;
 }
@@ -86,6 +87,8 @@ static int find_all(void *library, pk_api *api) {
          find(library, "pocktvm_predict", &api->predict) |
          find(library, "pocktvm_save", &api->save) | find(library, "pocktvm_load", &api->load) |
          find(library, "pocktvm_tensor", &api->tensor) |
+         find(library, "pocktvm_select", &api->select) |
+         find(library, "pocktvm_resample", &api->resample) |
          find(library, "pocktvm_plan", &api->plan) |
          find(library, "pocktvm_last_error", &api->last_error);
 }

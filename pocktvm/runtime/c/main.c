@@ -22,6 +22,7 @@ static const char USAGE[] =
     "  --save CKPT            checkpoint, written at the end\n"
     "  --save-every 1s|500ms|N   … and as often as this (N: steps)\n"
     "  --resume CKPT          go on from a checkpoint\n"
+    "  --resample EPOCHS      other channels learn after as many epochs (built with --resample)\n"
     "  --json                 the result as one JSON object on stdout\n"
     "  --progress             'progress STEP TOTAL LOSS MS' on stderr, up to 20 a second\n"
     "  --profile              milliseconds of every kernel, in the JSON\n"
@@ -104,6 +105,8 @@ static void take_value(pk_settings *o, const char *name, const char *value) {
     o->save = value;
   else if (strcmp(name, "--save-every") == 0)
     save_interval(o, value);
+  else if (strcmp(name, "--resample") == 0)
+    o->resample_epochs = integer(name, value, 1, 1000000);
   else if (strcmp(name, "--resume") == 0)
     o->resume = value;
   else

@@ -70,13 +70,14 @@ typedef struct {
   const float *scale;
 } pocktvm_input;
 
-/* A trained tensor or an optimizer's state, in the arena. Shape and strides (in elements) follow
+/* A trained tensor, an optimizer's state or a selection, in the arena. A selection's data are int32
+ * and only to be read: pocktvm_select changes them. Shape and strides (in elements) follow
  * torch's axes, whatever order the device keeps: data[i * strides[0] + j * strides[1] + …].
  * Of a model on a GPU it is a copy, fetched by pocktvm_tensor and good until the next step; what is
  * written to it until then goes back. */
 typedef struct {
   const char *name;
-  const char *kind; /* "trained" or "optimizer" */
+  const char *kind; /* "trained", "optimizer" or "selection" */
   float *data;
   int32_t ndim;
   int64_t shape[POCKTVM_MAX_DIMS];
@@ -117,6 +118,7 @@ typedef struct {
   int64_t steps;          /* done so far; a checkpoint carries it */
   int64_t rss_open_bytes; /* resident set before the arena was touched; 0 where unknown */
   uint64_t seed;          /* of dropout's masks; a checkpoint of a model that drops carries it */
+  int32_t n_selections;   /* tensors whose channels can be chosen; also without a handle */
 } pocktvm_plan_info;
 
 /* All zero is the default. */
@@ -158,6 +160,15 @@ POCKTVM_API int pocktvm_load(pocktvm *m, const char *path);
 
 /* Finds a tensor by torch's name (any of a tied tensor's names). */
 POCKTVM_API int pocktvm_tensor(pocktvm *m, const char *name, pocktvm_tensor_view *view);
+
+/* For artifacts built with --resample: from the next step on these indices of the tensor learn, in
+ * any order, exactly as many as were compiled. What others have learned stays in the weight.
+ * Optimizer state stays with the indices that were chosen before; that of the new ones starts as at
+ * the first step, that of the others is dropped. When it refuses, nothing has changed. */
+POCKTVM_API int pocktvm_select(pocktvm *m, const char *name, const int32_t *indices, int32_t count);
+
+/* pocktvm_select of every tensor that has a choice, with indices drawn from `seed` alone. */
+POCKTVM_API int pocktvm_resample(pocktvm *m, uint64_t seed);
 
 /* Never NULL; `m` may be. */
 POCKTVM_API const pocktvm_plan_info *pocktvm_plan(const pocktvm *m);

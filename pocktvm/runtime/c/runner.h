@@ -15,6 +15,8 @@ typedef struct {
   int (*save)(pocktvm *, const char *);
   int (*load)(pocktvm *, const char *);
   int (*tensor)(pocktvm *, const char *, pocktvm_tensor_view *);
+  int (*select)(pocktvm *, const char *, const int32_t *, int32_t);
+  int (*resample)(pocktvm *, uint64_t);
   const pocktvm_plan_info *(*plan)(const pocktvm *);
   const char *(*last_error)(const pocktvm *);
 } pk_api;
@@ -26,6 +28,7 @@ typedef struct {
   int threads;
   double save_seconds; /* 0: only at the end */
   int64_t save_steps;  /* 0: by time */
+  int64_t resample_epochs; /* 0: never */
   uint64_t seed;
   int json, selftest, serve, profile, progress, emulated, die_with_parent;
 } pk_settings;

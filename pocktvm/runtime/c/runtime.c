@@ -130,6 +130,7 @@ static int open_all(pocktvm *m, const pocktvm_options *options) {
   m->plan.threads = pk_pool_threads(m->pool);
   if ((status = reserve(m, &m->step, pk_the_model.step))) return status;
   if ((status = reserve(m, &m->predict, pk_the_model.predict))) return status;
+  if ((status = pk_reserve_selections(m))) return status;
   if (options->checkpoint && (status = pk_lock(m, options->checkpoint))) return status;
   if ((status = open_frozen(m))) return status;
   m->plan.rss_open_bytes = pk_resident_bytes();
@@ -169,6 +170,7 @@ void pocktvm_close(pocktvm *m) {
   if (m->mapped_bytes) munmap(m->arena, (size_t)m->mapped_bytes);
   if (m->frozen_mapped_bytes)
     munmap((void *)(uintptr_t)m->frozen, (size_t)m->frozen_mapped_bytes);
+  free(m->chosen);
   free(m->step.tensors);
   free(m->step.args);
   free(m->predict.tensors);
@@ -317,23 +319,25 @@ int pocktvm_predict(pocktvm *m, const pocktvm_array *inputs, float *output) {
   return POCKTVM_OK;
 }
 
-static int has_name(const pk_tensor *tensor, const char *name) {
+int pk_has_name(const pk_tensor *tensor, const char *name) {
   if (strcmp(tensor->name, name) == 0) return 1;
   for (const char *const *alias = tensor->aliases; *alias; alias++)
     if (strcmp(*alias, name) == 0) return 1;
   return 0;
 }
 
+static const char *const KINDS[] = {"trained", "optimizer", "selection"};
+
 int pocktvm_tensor(pocktvm *m, const char *name, pocktvm_tensor_view *view) {
   for (int32_t i = 0; i < m->plan.n_tensors; i++) {
     const pk_tensor *tensor = &pk_the_model.tensors[i];
-    if (!has_name(tensor, name)) continue;
+    if (!pk_has_name(tensor, name)) continue;
     int status = pk_fetch_state(m);
     if (status) return status;
     m->host_newer = m->device != NULL;
     *view = (pocktvm_tensor_view){
         .name = tensor->name,
-        .kind = tensor->optimizer ? "optimizer" : "trained",
+        .kind = KINDS[tensor->kind],
         .data = (float *)(m->arena + tensor->offset),
         .ndim = tensor->ndim,
         .size = tensor->size,

@@ -7,6 +7,8 @@
  *   predict DTYPE…  + arrays  -> float32 output     (labels left off)
  *   get NAME                  -> float32, torch's layout
  *   set NAME        + float32 -> nothing
+ *   select N NAME   + int32   -> nothing
+ *   resample SEED             -> nothing
  *   save PATH | load PATH     -> nothing
  *   quit, or the end of input
  * Standard output is kept for answers alone: descriptor 1 is pointed at standard error. */
@@ -93,6 +95,7 @@ static void transfer(const pocktvm_tensor_view *view, float *flat, int store) {
 static int do_tensor(server *s, const char *name, int store) {
   pocktvm_tensor_view view;
   int status = s->api->tensor(s->model, name, &view);
+  if (!status && store && strcmp(view.kind, "selection") == 0) return -1; /* select does that */
   if (status) return store ? -1 : refuse_last(s, status); /* how much to skip is unknown */
   size_t nbytes = (size_t)view.size * sizeof(float);
   float *flat = malloc(nbytes + 1);
@@ -105,6 +108,23 @@ static int do_tensor(server *s, const char *name, int store) {
   int broken = answer(s, flat, store ? 0 : nbytes);
   free(flat);
   return broken;
+}
+
+static int do_select(server *s, char *rest) {
+  char *name;
+  long count = strtol(rest, &name, 10);
+  if (*name != ' ' || count < 0 || count > (1 << 24)) return -1;
+  int32_t *indices = malloc((size_t)count * sizeof *indices + 1);
+  if (!indices) return -1;
+  int whole = fread(indices, sizeof *indices, (size_t)count, stdin) == (size_t)count;
+  int status = whole ? s->api->select(s->model, name + 1, indices, (int32_t)count) : 0;
+  free(indices);
+  return !whole ? -1 : status ? refuse_last(s, status) : answer(s, "", 0);
+}
+
+static int do_resample(server *s, const char *rest) {
+  int status = s->api->resample(s->model, strtoull(rest, NULL, 10));
+  return status ? refuse_last(s, status) : answer(s, "", 0);
 }
 
 static int do_info(server *s) {
@@ -129,6 +149,8 @@ static int serve_line(server *s, char *line) {
   if (strcmp(line, "predict") == 0) return do_predict(s, rest);
   if (strcmp(line, "get") == 0) return do_tensor(s, rest, 0);
   if (strcmp(line, "set") == 0) return do_tensor(s, rest, 1);
+  if (strcmp(line, "select") == 0) return do_select(s, rest);
+  if (strcmp(line, "resample") == 0) return do_resample(s, rest);
   if (strcmp(line, "save") == 0) return do_file(s, s->api->save, rest);
   if (strcmp(line, "load") == 0) return do_file(s, s->api->load, rest);
   if (strcmp(line, "info") == 0) return do_info(s);

@@ -71,8 +71,28 @@ static void report(session *s, int64_t total, double ms) {
           (double)s->losses[s->n_done - 1], ms);
 }
 
+static int check_resample(const session *s) {
+  if (!s->settings->resample_epochs) return 0;
+  if (!s->api->plan(s->model)->n_selections)
+    return pk_complain("--resample: the channels that learn are fixed in this artifact; build it "
+                       "with --resample to choose them");
+  return s->source.path ? 0 : pk_complain("--resample counts epochs: give --data");
+}
+
+/* Between epochs, told by the number of steps done alone: a resumed run draws what the unbroken one
+ * does. Drawing the same channels twice changes nothing. */
+static int resample_if_due(session *s) {
+  int64_t period = s->settings->resample_epochs * pk_source_epoch_steps(&s->source);
+  int64_t done = steps_done(s);
+  if (!period || !done || done % period) return 0;
+  uint64_t round = (uint64_t)(done / period);
+  int failed = s->api->resample(s->model, s->settings->seed + (round << 32));
+  return failed ? complain_last(s) : 0;
+}
+
 static int one_step(session *s, int64_t total) {
   float loss = 0;
+  if (resample_if_due(s)) return 1;
   if (pk_source_batch(&s->source, steps_done(s))) return 1;
   double before = now_seconds();
   int status = s->api->step(s->model, s->source.arrays, s->lr, &loss);
@@ -194,8 +214,8 @@ static void catch_signals(void) {
 static int train(session *s, const pocktvm_options *options) {
   if (s->api->open(options, &s->model)) return complain_last(s);
   if (s->settings->resume && s->api->load(s->model, s->settings->resume)) return complain_last(s);
-  int code = loop(s);
-  if (code) return code;
+  int code = check_resample(s);
+  if (code || (code = loop(s))) return code;
   int64_t peak = peak_bytes();
   if (s->settings->json)
     print_json(s, peak, options->call_ns);
