@@ -41,6 +41,20 @@ def test_it_learns_and_does_so_again(artifact):
 
 
 @pytest.mark.build
+def test_channels_can_change_between_its_epochs():
+    source = resolve_model("mlp:inputs=20,hidden=24,depth=2,classes=5", batch=8)
+    part = pocktvm.compile(
+        source.module, source.example_inputs, optimizer=pocktvm.Adam(), resample=True,
+        scheme={"*.weight": 0.25},
+    )  # fmt: skip
+    options = dict(seeds=(0,), lrs=(1e-2,), epochs=4, patience=4)
+    data = samples(240, 1), samples(101, 2)
+    fixed, other, again = (evaluate(part, *data, resample=n, **options) for n in (0, 1, 1))
+    losses = [e.runs[0].held_out_loss for e in (fixed, other, again)]
+    assert losses[1] == losses[2] != losses[0]
+
+
+@pytest.mark.build
 def test_the_test_samples_choose_nothing(artifact):
     train, options = samples(240, 1), dict(seeds=(0,), lrs=(1e-3, 1e-2), epochs=3)
     plain = evaluate(artifact, train, samples(80, 2), **options).runs[0]

@@ -3,9 +3,10 @@
     python examples/accuracy/run.py mobilenetv2-0.35 --data FOLDER --schemes full,last,auto:0.25
 
 `auto:0.25` searches with a quarter of the arena that `full` plans, beside as many bytes for code
-and frozen weights as `full` has; `auto:9MB` with a budget of so many bytes in all. Results are
-appended to a file, one line a scheme; what is there already is not run again. The table and, where
-matplotlib is installed, the plot are made from that file.
+and frozen weights as `full` has; `auto:9MB` with a budget of so many bytes in all.
+`resample:part.toml` draws other channels after every epoch for what that scheme trains in part, in
+the memory of `part.toml`. Results are appended to a file, one line a scheme; what is there already
+is not run again. The table and, where matplotlib is installed, the plot are made from that file.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pocktvm.cli.progress import Progress
 from pocktvm.experiment import table
 from pocktvm.frontend.resolve import resolve_model
 
+RESAMPLE = "resample:"
 SCHEMES = "full,last,bias:7,pockengine,lora:4:r=4,auto:0.25,auto:0.125"
 
 
@@ -67,6 +69,7 @@ def run_missing(task: Task, options: argparse.Namespace, path: Path) -> None:
             result = pocktvm.evaluate(
                 artifact, train, test, seeds=range(options.seeds), epochs=options.epochs,
                 lrs=[float(lr) for lr in options.lrs.split(",")],
+                resample=int(scheme.startswith(RESAMPLE)),
                 progress=lambda stage, detail, s=scheme: bar(f"{s}: {stage}", detail),
             )  # fmt: skip
         line = {"scheme": scheme, **result.facts(), "updated": artifact.updated}
@@ -79,6 +82,7 @@ def compiled(
     task: Task, weights: Path, scheme: str, train: Any, options: Any, path: Path, bar: Any
 ) -> pocktvm.Artifact:
     """The artifact of a scheme; see the top of this file for `auto`."""
+    resample, scheme = scheme.startswith(RESAMPLE), scheme.removeprefix(RESAMPLE)
     name, _, share = scheme.partition(":")
     auto = name == "auto"
     source = resolve_model(task.model, batch=task.batch, weights=weights)
@@ -89,7 +93,7 @@ def compiled(
     return pocktvm.compile(
         source.module, source.example_inputs, scheme=name if auto else scheme, loss=source.loss,
         optimizer=task.optimizer, name=source.name, published=source.scheme, mean=source.mean,
-        scale=source.scale, budget=budget, samples=train if auto else None,
+        scale=source.scale, resample=resample, budget=budget, samples=train if auto else None,
         analysis=options.out / f"{options.task}.analysis.jsonl" if auto else None, progress=bar,
     )  # fmt: skip
 
