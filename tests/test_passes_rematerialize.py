@@ -99,7 +99,8 @@ def test_random_graphs_keep_their_numbers(graph, share):
 
 
 @pytest.mark.build
-@pytest.mark.parametrize("model", ["mobilenetv2", pytest.param("bert", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["mobilenetv2", "bert"])
 def test_a_build_with_a_budget_trains_as_torch(model):
     """Two thirds of the arena beside the weights, ten of torch's steps."""
     work = Work.of(*REDUCED[model][:1], 16)

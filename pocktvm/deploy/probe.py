@@ -143,9 +143,9 @@ def fitting_targets(device: Device, command: str) -> str:
     from pocktvm.targets import list_targets
 
     try:
-        fit = [
-            t.name for t in list_targets() if (t.os, t.arch) == (device.system.lower(), device.arch)
-        ]
+        here = (device.system.lower(), device.arch)
+        # a GPU is not asked for: whoever has one knows the target's name
+        fit = [t.name for t in list_targets() if (t.os, t.arch) == here and not t.is_gpu]
     except PockError:  # the host cannot be detected here
         fit = []
     if not fit:

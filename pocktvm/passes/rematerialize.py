@@ -41,7 +41,7 @@ Cost = Callable[[Node, dict[str, Value]], float]
 def rematerialize(graph: Graph, limit: int, cost: Cost | None = None) -> Graph:
     """The graph with clones, its transient peak at most `limit` bytes where that can be reached,
     else as low as single clones bring it."""
-    state = _State(graph, graph.nodes, dict(graph.values), limit, cost or seconds)
+    state = _State(graph, graph.nodes, dict(graph.values), limit, _priced(cost or seconds))
     chosen: list[Chain] = []
     lowest = state
     while state.excess() > 0 and (best := state.best()) is not None:
@@ -51,6 +51,19 @@ def rematerialize(graph: Graph, limit: int, cost: Cost | None = None) -> Graph:
     if state.excess() == 0:
         return _without_needless(graph, chosen, state).graph()
     return lowest.graph()
+
+
+def _priced(cost: Cost) -> Cost:
+    """The cost, asked once a node: the search weighs the same ones again and again."""
+    known: dict[str, float] = {}
+
+    def priced(node: Node, values: dict[str, Value]) -> float:
+        key = node.outputs[0]  # what a node makes is its name: clones have names of their own
+        if key not in known:
+            known[key] = cost(node, values)
+        return known[key]
+
+    return priced
 
 
 def is_again(node: Node) -> bool:
