@@ -153,6 +153,37 @@ def test_python_reads_the_state_from_the_gpu_and_writes_it_back():
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
+def test_channels_chosen_while_it_trains_are_the_hosts():
+    skip_unless_it_starts("cuda")
+    code = (
+        "import sys, json, numpy as np, pocktvm\n"
+        "t = pocktvm.load(sys.argv[1])\n"
+        "rng = np.random.default_rng(0)\n"
+        "x, y = rng.standard_normal((4, 20), np.float32), np.arange(4) % 5\n"
+        "losses = [t.step(x, y, lr=0.1) for _ in range(2)]\n"
+        "name = next(iter(t.selection))\n"
+        "t.select({name: np.arange(len(t.selection[name])) + 1})\n"
+        "losses += [t.step(x, y, lr=0.1) for _ in range(2)]\n"
+        "t.resample(7)\n"
+        "losses += [t.step(x, y, lr=0.1) for _ in range(2)]\n"
+        "print(json.dumps([losses, t.selection]))\n"
+    )
+    found = []
+    for target in ("host", "cuda"):
+        out, dump = WORK / target / "resampled", WORK / target / "resampled.dump"
+        call("build", MODELS["mlp"][0], "--target", target, "--batch", 4, "--optimizer", "momentum",
+             "--scheme", '{"*.weight": 0.5}', "--resample", "-o", out,
+             POCKTVM_DUMP=str(dump))  # fmt: skip
+        on_cuda = target == "cuda"
+        driver = build_driver(dump / "kernels.cu", dump / "driver") if on_cuda else out
+        done = run_python(["-c", code, out], LD_LIBRARY_PATH=str(driver))
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    (losses, selection), (on_gpu, there) = found
+    assert selection == there and len(set(losses)) == len(losses)
+    np.testing.assert_allclose(on_gpu, losses, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("gpu", "message"),
     [
