@@ -296,6 +296,14 @@ def test_fixed_artifacts_say_so(tmp_path):
         [fixed.path / "pocktvm-run", fixed.path, "--resample", "1"], capture_output=True, text=True
     )
     assert done.returncode == 1 and "build it with --resample" in done.stderr
+    chosen = pocktvm.compile(
+        model, x, scheme={"0.weight": 0.5}, resample=True, out=tmp_path / "chosen"
+    )
+    with fixed.load() as one, chosen.load() as other:
+        for trainer, foreign in ((one, other), (other, one)):
+            foreign.save(tmp_path / "foreign.safetensors")
+            with pytest.raises(PockError, match="with --resample and the other was not"):
+                trainer.load(tmp_path / "foreign.safetensors")
     with pytest.raises(PockError, match="nothing to re-sample"):
         pocktvm.compile(model, x, scheme="full", resample=True, out=tmp_path / "none")
 

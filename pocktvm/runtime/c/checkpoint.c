@@ -334,6 +334,12 @@ static int check_extra(pocktvm *m, const st_file *file, const char *path) {
   return POCKTVM_OK;
 }
 
+static int chooses(const st_file *file) {
+  for (size_t i = 0; i < file->n_tensors; i++)
+    if (strncmp(file->tensors[i].name, "selection/", 10) == 0) return 1;
+  return 0;
+}
+
 static int check_metadata(pocktvm *m, const st_file *file, const char *path, int64_t *steps) {
   const char *version = st_metadata(file, "pocktvm"), *step = st_metadata(file, "step");
   const char *fingerprint = st_metadata(file, "fingerprint");
@@ -342,6 +348,9 @@ static int check_metadata(pocktvm *m, const st_file *file, const char *path, int
   if (!version || !step || !*step || *end || *steps < 0)
     return pk_fail(m, POCKTVM_BAD_FILE, "%s is a safetensors file, but not a checkpoint of pocktvm "
                    "(to start from weights, give them to the build: --weights)", path);
+  if (chooses(file) != (m->plan.n_selections > 0))
+    return pk_fail(m, POCKTVM_BAD_FILE, "%s does not fit this artifact: one of the two was built "
+                   "with --resample and the other was not", path);
   if (fingerprint && strcmp(fingerprint, m->plan.fingerprint))
     return pk_fail(m, POCKTVM_BAD_FILE, "%s was trained on top of other frozen weights than this "
                    "artifact's; build with the --weights it was made with", path);
