@@ -78,6 +78,7 @@ class Records:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self.folder, prefix=".part")
+            os.fchmod(handle, 0o644)  # records are shared, unlike temporary files
             with os.fdopen(handle, "w") as file:
                 file.write(text)
             os.replace(name, self.folder / f"{rule.name}.json")
