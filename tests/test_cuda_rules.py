@@ -388,13 +388,18 @@ def test_a_missing_barrier_is_seen(tmp_path):
 
 
 @pytest.mark.build
-def test_ptxas_takes_every_kernel(tmp_path, compiled):
+@pytest.mark.parametrize("compiler", ["nvrtc", "nvcc"])
+def test_ptxas_takes_every_kernel(tmp_path, compiled, compiler, monkeypatch):
     from pocktvm.codegen import cuda
 
     if not shutil.which("ptxas"):
         pytest.skip("no ptxas: install the CUDA toolkit")
-    if reason := cuda.lacks_compiler():
-        pytest.skip(reason)
+    if compiler == "nvcc":
+        monkeypatch.setattr(cuda, "_nvrtc_path", lambda: None)
+        if not shutil.which("nvcc"):
+            pytest.skip("no nvcc: install the CUDA toolkit")
+    elif not cuda._nvrtc_path():
+        pytest.skip("no NVRTC: pip install nvidia-cuda-nvrtc-cu12")
     ptx = tmp_path / "kernels.ptx"
     ptx.write_bytes(cuda.compile_ptx(compiled[0], "compute_87"))
     done = subprocess.run(

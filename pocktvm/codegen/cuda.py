@@ -24,7 +24,7 @@ from pocktvm.errors import InternalError, PockError
 from pocktvm.ir.kernels import Kernels
 from pocktvm.ir.target import Toolchain
 
-# What TVM's text uses beyond CUDA C; NVRTC has no standard headers.
+# What TVM's text uses beyond CUDA C; NVRTC has no standard headers, and nvcc includes only some.
 PRELUDE = """\
 #ifdef __CUDACC_RTC__
 typedef signed char int8_t;
@@ -35,6 +35,8 @@ typedef int int32_t;
 typedef unsigned int uint32_t;
 typedef long long int64_t;
 typedef unsigned long long uint64_t;
+#else
+#include <stdint.h>
 #endif
 typedef unsigned char uchar;
 typedef unsigned short ushort;
@@ -200,11 +202,11 @@ def _by_nvcc(nvcc: str, source: str, arch: str) -> bytes:
     with tempfile.TemporaryDirectory(prefix="pocktvm-nvcc-") as folder:
         work = Path(folder)
         (work / "kernels.cu").write_text(source)
-        command: Sequence[str] = [nvcc, form, f"-arch={arch}", "-std=c++17", "kernels.cu", "-o",
-                                  "kernels.out"]  # fmt: skip
+        command: Sequence[str] = [nvcc, form, "-w", f"-arch={arch}", "-std=c++17", "kernels.cu",
+                                  "-o", "kernels.out"]  # fmt: skip
         done = subprocess.run(command, cwd=work, capture_output=True, text=True)
         if done.returncode:
             if "Unsupported gpu architecture" in done.stderr:
                 raise PockError(f"{nvcc} knows no '{arch}': {done.stderr.strip()[:300]}")
-            raise InternalError(f"nvcc refused generated code for {arch}:\n{done.stderr[-3000:]}")
+            raise InternalError(f"nvcc refused generated code for {arch}:\n{done.stderr[:3000]}")
         return (work / "kernels.out").read_bytes()
