@@ -48,21 +48,18 @@ HEADER = "instructions     FMLA    loads   stores   L1 miss  L2 miss"
 def measure(workload: str, scheme: str, target: str, caches: bool, folder: Path) -> dict:
     """Build, count, and look at the machine code of every kernel of the step."""
     import pocktvm
-    from pocktvm.compiler import optimised_graphs
+    from pocktvm.build import Build
     from pocktvm.frontend.resolve import resolve_model
     from pocktvm.schedule import schedule
     from pocktvm.targets import load_target
 
     work, device = WORKLOADS[workload], load_target(target)
     source = resolve_model(work.model, batch=work.batch)
-    options = {"scheme": SCHEMES[scheme], "published": source.scheme, "target": device}
-    artifact = pocktvm.compile(
-        source.module, source.example_inputs, name=source.name, out=folder / "artifact", **options
-    )
+    options = {**source.facts(), "scheme": SCHEMES[scheme], "target": device}
+    given = source.module, source.example_inputs
+    artifact = pocktvm.compile(*given, out=folder / "artifact", **options)
     counted = count_step(artifact.path, caches=caches)
-    kernels = schedule(
-        optimised_graphs(source.module, source.example_inputs, **options), device
-    )  # the same ones, from the cache
+    kernels = schedule(Build.of(*given, **options).programs(), device)  # the same, from the cache
     calls = json.loads((artifact.path / "manifest.json").read_text())["timeline"]["step"]
     symbols = [call.symbol for call in kernels.programs["step"].calls]
     rows = [

@@ -7,7 +7,7 @@ from typing import Any
 
 # Public names are imported on first use: loading an artifact must not import torch or TVM.
 _HOMES = {
-    "compile": "pocktvm.compiler",
+    "compile": "pocktvm.api",
     "load": "pocktvm.runtime.trainer",
     "evaluate": "pocktvm.experiment",
     "Trainer": "pocktvm.runtime.trainer",

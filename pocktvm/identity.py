@@ -6,7 +6,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,8 +14,11 @@ from pocktvm.ir.artifact import Identity
 from pocktvm.ir.kernels import Kernels
 from pocktvm.ir.memory import MemoryPlan
 from pocktvm.ir.model import Input, Model
-from pocktvm.ir.target import Target
 from pocktvm.memory import timeline
+
+if TYPE_CHECKING:
+    from pocktvm.build import Build
+    from pocktvm.levers import Trade
 
 
 def label_inputs(model: Model, loss: Any) -> tuple[Input, ...]:
@@ -25,25 +28,24 @@ def label_inputs(model: Model, loss: Any) -> tuple[Input, ...]:
 
 
 def identify(
+    build: Build,
     model: Model,
-    target: Target,
-    scheme: Any,
-    loss: Any,
-    optimizer: Any,
     inputs: tuple[Input, ...],
     updated: Mapping[str, float],
     kernels: Kernels,
     plan: MemoryPlan,
-    **extra: Any,
+    seconds: Mapping[str, float],
+    trade: Trade | None,
 ) -> Identity:
-    """Collect the identity of a build; `extra` goes to the manifest as it is."""
+    """Collect the identity of a build. `inputs` are the step's, labels included; `seconds` those
+    of its stages so far; `trade` what a budget cost."""
     return Identity(
         model=model.name,
-        target=target.name,
-        scheme=str(scheme),
-        loss=str(loss),
-        optimizer=str(optimizer),
-        lr=float(optimizer.lr),
+        target=build.target.name,
+        scheme=str(build.scheme),
+        loss=str(build.loss),
+        optimizer=str(build.optimizer),
+        lr=float(build.optimizer.lr),
         batch=inputs[0].shape[0] if inputs and inputs[0].shape else 1,
         inputs=inputs,
         output_shape=model.output_shape,
@@ -52,7 +54,10 @@ def identify(
         aliases={n: p.aliases for n, p in model.parameters.items() if p.aliases},
         versions=versions(),
         extra={
-            **extra,
+            **build.facts,
+            "seconds": dict(seconds),
+            "threads": build.threads,
+            "trade": trade.facts() if trade else None,
             "notices": list(model.notices),
             "adapters": {name: asdict(adapter) for name, adapter in model.adapters.items()},
             "timeline": {n: timeline(kernels, p, plan) for n, p in kernels.programs.items()},

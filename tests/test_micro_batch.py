@@ -14,7 +14,8 @@ from pocktvm import levers
 from pocktvm.autodiff.differentiate import differentiate
 from pocktvm.autodiff.losses import parse_loss
 from pocktvm.autodiff.optimizers import parse_optimizer
-from pocktvm.fit import Build
+from pocktvm.build import Build
+from pocktvm.fit import in_parts
 from pocktvm.frontend.torch import import_torch
 from pocktvm.ir.scheme import Scheme
 from pocktvm.passes import run_passes
@@ -120,8 +121,8 @@ def test_samples_that_meet_are_not_parted(batch, mixes):
     from pocktvm.identity import label_inputs
 
     test = record_self_test(graphs, label_inputs(model, build.loss), build.optimizer)
-    assert (build.in_parts(2, test) is None) == mixes
-    assert build.in_parts(3, test) is None
+    assert (in_parts(build, 2, test) is None) == mixes
+    assert in_parts(build, 3, test) is None
 
 
 class Wide(nn.Module):

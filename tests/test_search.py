@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,9 +20,9 @@ from typer.testing import CliRunner
 import pocktvm
 from pocktvm.autodiff.losses import parse_loss
 from pocktvm.autodiff.optimizers import parse_optimizer
+from pocktvm.build import Build
 from pocktvm.cli.app import app
 from pocktvm.errors import PockError
-from pocktvm.fit import Build
 from pocktvm.frontend.resolve import resolve_model
 from pocktvm.frontend.source import import_model
 from pocktvm.ir.rates import Rates
@@ -60,7 +61,7 @@ def build_of(spec, optimizer="adam", samples=None, batch=8):
     source = resolve_model(spec, batch=batch)
     return Build(
         source.module, source.example_inputs, Scheme.full(), parse_loss("cross_entropy"),
-        parse_optimizer(optimizer), load_target("host"), {"name": source.name}, samples,
+        parse_optimizer(optimizer), load_target("host"), name=source.name, samples=samples,
     )  # fmt: skip
 
 
@@ -120,10 +121,7 @@ def test_a_build_ranks_channels_by_what_they_carry():
     name = next(n for n in Scheme.full().resolve(build.resolve()[0]))
     scheme = Scheme({name: "activation:0.67"})
     samples = {next(iter(build.resolve()[0].inputs)): quiet}
-    _, updated = Build(
-        build.module, build.example_inputs, scheme, build.loss, build.optimizer, build.target,
-        build.options, samples,
-    ).resolve()  # fmt: skip
+    _, updated = replace(build, scheme=scheme, samples=samples).resolve()
     assert updated[name].indices == (0, 2)
 
 
@@ -268,16 +266,16 @@ def test_a_stopped_analysis_goes_on_and_ends_the_same(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        search(build, None, analysis=path, progress=stop_after_five)
+        search(replace(build, analysis=path), progress=stop_after_five)
     kept = Table.read(path).rows
     assert len(kept) == 5
     tried = []
-    found = search(build, None, analysis=path, progress=lambda s, d="": tried.append((s, d)))
+    found = search(replace(build, analysis=path), progress=lambda s, d="": tried.append((s, d)))
     assert not any(stage == "compile kernels" for stage, _ in tried)  # the artifact was kept
     assert next(d.partition(",")[0] for s, d in tried if s == "try candidates") == "6/21"
     assert len(found.table.rows) == 21
     assert all(found.table.rows[key] == row for key, row in kept.items())
-    whole = search(build, None, analysis=tmp_path / "other.jsonl").table.rows
+    whole = search(replace(build, analysis=tmp_path / "other.jsonl")).table.rows
     for key, row in found.table.rows.items():  # unless the pace, thus the steps, came out otherwise
         if found.table.facts["steps"] == Table.read(tmp_path / "other.jsonl").facts["steps"]:
             assert whole[key].gain == row.gain

@@ -128,9 +128,9 @@ def _compile(
     """Import, compile, write; the folder appears whole or not at all."""
     with Progress() as bar:
         bar("load the compiler")
+        from pocktvm.api import compile as compile_model
         from pocktvm.autodiff.losses import parse_loss
         from pocktvm.autodiff.optimizers import parse_optimizer
-        from pocktvm.compiler import compile as compile_model
         from pocktvm.data import read_data
         from pocktvm.frontend.resolve import resolve_model
 
@@ -152,14 +152,11 @@ def _compile(
             threads=wanted["threads"],
             dropout=wanted["dropout"],
             resample=wanted["resample"],
-            name=source.name,
-            published=source.scheme,
-            mean=source.mean,
-            scale=source.scale,
             samples=None if data is None else read_data(data),
             analysis=wanted["analysis"],
             out=folder,
             progress=bar,
+            **source.facts(),
         )
 
 

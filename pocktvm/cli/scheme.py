@@ -63,34 +63,39 @@ def scheme(
         raise PockError(f"no folder {out.parent} to write {out.name} to")
     with Progress() as bar:
         bar("load the compiler")
-        from pocktvm.autodiff.losses import parse_loss
         from pocktvm.autodiff.optimizers import parse_optimizer
-        from pocktvm.fit import Build
+        from pocktvm.build import Build
         from pocktvm.frontend.resolve import resolve_model
-        from pocktvm.ir.scheme import Scheme
         from pocktvm.search.analysis import Settings
-        from pocktvm.search.auto import search, to_toml
+        from pocktvm.search.auto import search
 
         source = resolve_model(model, batch=batch, weights=weights)
-        named = {"name": source.name, "scheme": source.scheme}
-        build = Build(
-            source.module, source.example_inputs, Scheme.full(), parse_loss(loss or source.loss),
-            parse_optimizer(optimizer, lr), device,
-            {**named, "mean": source.mean, "scale": source.scale}, arrays,
+        build = Build.of(
+            source.module, source.example_inputs, target=device, loss=loss or source.loss,
+            optimizer=parse_optimizer(optimizer, lr), budget=budget, samples=arrays,
+            analysis=analysis, **source.facts(),
         )  # fmt: skip
+        settings = Settings(method, minutes, seed, only=tuple(only or ()))
         found = search(
-            build, budget, analysis=analysis, step_seconds=step_time, progress=bar,
-            explore=True, settings=Settings(method, minutes, seed, only=tuple(only or ())),
-        )  # fmt: skip
-    if out is not None:
-        part = out.with_name(out.name + ".part")
-        part.write_text(to_toml(found, device.name, budget), encoding="utf-8")
-        os.replace(part, out)
+            build, settings=settings, step_seconds=step_time, progress=bar, explore=True
+        )
+    _write(found, device.name, budget, out)
     facts = _facts(found, device.name, budget)
     if as_json:
         print(json.dumps(facts))
     else:
         _show(facts, out)
+
+
+def _write(found: Found, target: str, budget: int | None, out: Path | None) -> None:
+    """The scheme's file, whole or not at all."""
+    if out is None:
+        return
+    from pocktvm.search.auto import to_toml
+
+    part = out.with_name(out.name + ".part")
+    part.write_text(to_toml(found, target, budget), encoding="utf-8")
+    os.replace(part, out)
 
 
 def _facts(found: Found, target: str, budget: int | None) -> dict[str, Any]:

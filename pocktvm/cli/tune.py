@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pocktvm.cli.progress import Progress
 from pocktvm.errors import PockError
+
+if TYPE_CHECKING:
+    from pocktvm.ir.target import Target
+    from pocktvm.tuning.tune import Summary
 
 
 def tune(
@@ -32,8 +37,41 @@ def tune(
 
     Kernels with a record are skipped, so a run that was stopped goes on where it was.
     """
-    from pocktvm.targets import load_target
     from pocktvm.tuning.runners import open_runner
+
+    device = _tunable(target)
+    with closing(open_runner(runner, device, threads)) as machine, Progress() as bar:
+        bar("import the model")
+        from pocktvm.build import Build
+        from pocktvm.frontend.resolve import resolve_model
+        from pocktvm.tuning.tune import tunable_kernels
+        from pocktvm.tuning.tune import tune as tune_kernels
+
+        source = resolve_model(model, batch=batch, weights=weights)
+        build = Build.of(
+            source.module, source.example_inputs, target=device, scheme=scheme,
+            loss=loss or source.loss, optimizer=optimizer, **source.facts(),
+        )  # fmt: skip
+        programs = build.programs()
+        bar("compile the kernels once")
+        kernels = tunable_kernels(programs, device)
+        if not kernels:
+            raise PockError(f"no kernel of {model} has anything to tune.")
+
+        def show(what: str, done: int, total: int, seconds: float, best: float) -> None:
+            bar(what, f"{done + 1}/{total}, best {best * 1e6:.1f} us", done, total)
+
+        summary = tune_kernels(
+            kernels, device, machine, trials=trials,
+            seconds=minutes * 60 if minutes is not None else None, progress=show,
+        )  # fmt: skip
+    facts = {"target": device.name, "model": build.name, **_facts(summary, device, len(kernels))}
+    print(json.dumps(facts) if as_json else _told(facts))
+
+
+def _tunable(target: str) -> Target:
+    """The device; PockError where its kernels have no knobs."""
+    from pocktvm.targets import load_target
 
     device = load_target(target)
     if device.is_gpu:
@@ -41,39 +79,14 @@ def tune(
             f"there is nothing to tune for {device.name}: the GPU's kernels have no knobs.\n"
             "  `pocktvm build` uses them as they are."
         )
-    machine = open_runner(runner, device, threads)
-    try:
-        with Progress() as bar:
-            bar("import the model")
-            from pocktvm.compiler import optimised_graphs
-            from pocktvm.frontend.resolve import resolve_model
-            from pocktvm.tuning.records import logs_dir
-            from pocktvm.tuning.tune import tunable_kernels
-            from pocktvm.tuning.tune import tune as tune_kernels
+    return device
 
-            source = resolve_model(model, batch=batch, weights=weights)
-            graphs = optimised_graphs(
-                source.module, source.example_inputs, target=device, scheme=scheme,
-                loss=loss or source.loss, optimizer=optimizer, published=source.scheme,
-            )  # fmt: skip
-            bar("compile the kernels once")
-            kernels = tunable_kernels(graphs, device)
-            if not kernels:
-                raise PockError(f"no kernel of {model} has anything to tune.")
 
-            def show(what: str, done: int, total: int, seconds: float, best: float) -> None:
-                bar(what, f"{done + 1}/{total}, best {best * 1e6:.1f} us", done, total)
+def _facts(summary: Summary, device: Target, kernels: int) -> dict[str, Any]:
+    from pocktvm.tuning.logs import logs_dir
 
-            summary = tune_kernels(
-                kernels, device, machine, trials=trials,
-                seconds=minutes * 60 if minutes is not None else None, progress=show,
-            )  # fmt: skip
-    finally:
-        machine.close()
-    facts = {
-        "target": device.name,
-        "model": source.name,
-        "kernels": len(kernels),
+    return {
+        "kernels": kernels,
         "tuned": summary.tuned,
         "hits": summary.kept,
         "improved": summary.improved,
@@ -82,13 +95,13 @@ def tune(
         "tuned_ms": summary.best_seconds * 1e3,
         "records": str(logs_dir() / device.name),
     }
-    if as_json:
-        print(json.dumps(facts))
-        return
-    print(
-        f"{len(kernels)} kernels: {summary.tuned} tuned now, {summary.kept} had a record, "
-        f"{summary.left} left for another run.\n"
-        f"{summary.improved} beat their default; their sum over a step and a prediction: "
+
+
+def _told(facts: dict[str, Any]) -> str:
+    return (
+        f"{facts['kernels']} kernels: {facts['tuned']} tuned now, {facts['hits']} had a record, "
+        f"{facts['left']} left for another run.\n"
+        f"{facts['improved']} beat their default; their sum over a step and a prediction: "
         f"{facts['default_ms']:.2f} -> {facts['tuned_ms']:.2f} ms.\n"
         f"Records: {facts['records']}"
     )

@@ -36,6 +36,12 @@ class Source:
     scale: tuple[float, ...] = ()
     loss: str = "cross_entropy"
 
+    def facts(self) -> dict[str, Any]:
+        """What else than module and inputs a build takes from it."""
+        return {
+            "name": self.name, "published": self.scheme, "mean": self.mean, "scale": self.scale,
+        }  # fmt: skip
+
 
 def resolve_model(spec: str, *, batch: int | None = None, weights: Path | None = None) -> Source:
     """Build what `spec` names; see design, `MODEL`. Raises PockError with the next step."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ import numpy as np
 
 from pocktvm.autodiff.differentiate import differentiate
 from pocktvm.autodiff.optimizers import SGD
+from pocktvm.build import Build, Progress
 from pocktvm.data import check_data
 from pocktvm.errors import PockError
-from pocktvm.fit import Build
 from pocktvm.identity import label_inputs
 from pocktvm.ir.model import Model
 from pocktvm.ir.part import Part
@@ -39,8 +39,6 @@ STEPS = (8, 60)  # of a trial, at least and at most
 HELD_OUT = 256  # samples
 PROXY_BATCHES = 16
 SETTLED = ("steps", "step_seconds", "kernel_bytes", "full_work")
-
-Progress = Callable[[str, str], None]
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ def _open(
     progress: Progress | None,
 ) -> tuple[Bench, dict[str, Any]]:
     """The analysis artifact, compiled or left by a run that was stopped, with the data."""
-    from pocktvm.compiler import compile as compile_model
+    from pocktvm import compiler
     from pocktvm.manifest import MANIFEST, damaged_files, read_manifest
     from pocktvm.runtime.trainer import load
 
@@ -156,11 +154,11 @@ def _open(
     folder = _folder(path)
     whole = (folder / MANIFEST).is_file() and not damaged_files(folder, read_manifest(folder))
     if not whole or read_manifest(folder).get("analysis") != _stamp(build, model, settings):
-        compile_model(
-            build.module, build.example_inputs, scheme=scheme, loss=str(build.loss),
-            optimizer=optimizer, out=folder, rates=True, progress=progress,
-            facts={"analysis": _stamp(build, model, settings)}, **_options(build),
+        trial = replace(
+            build, scheme=scheme, optimizer=optimizer, target=load_target("host"), limit=None,
+            resample=False, rates=True, facts={"analysis": _stamp(build, model, settings)},
         )  # fmt: skip
+        compiler.compile(trial, folder, progress)
     step, _ = differentiate(model, updated, build.loss, optimizer, rates)
     step = run_passes(step, build.target)
     trainer = load(folder)
@@ -175,11 +173,6 @@ def _open(
     code = plan.total_bytes - plan.arena_bytes - plan.by_class.get("frozen", 0)
     pace = cost_of(step, load_target("host")).work
     return bench, {"full_work": pace, "kernel_bytes": code / count_kernels(step)}
-
-
-def _options(build: Build) -> dict[str, Any]:
-    known = ("name", "mean", "scale")
-    return {k: build.options[k] for k in known if build.options.get(k)}
 
 
 def _stamp(build: Build, model: Model, settings: Settings) -> dict[str, Any]:

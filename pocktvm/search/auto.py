@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pocktvm.build import Build, Progress
 from pocktvm.errors import PockError
 from pocktvm.ir.model import Model
 from pocktvm.ir.scheme import Scheme
@@ -18,7 +19,6 @@ from pocktvm.search.select import Choice, Limits, Selector, check_smallest
 from pocktvm.search.table import Table
 from pocktvm.units import format_bytes
 
-Progress = Callable[[str, str], None]
 ATTEMPTS = 4  # choose, plan what was chosen, choose again within what that left
 
 
@@ -47,16 +47,14 @@ class Found:
 
 
 def search(
-    build: Any,
-    limit: int | None,
+    build: Build,
     *,
     settings: Any = None,
-    analysis: str | Path | None = None,
     step_seconds: float | None = None,
     progress: Progress | None = None,
     explore: bool = False,
 ) -> Found:
-    """Analyse (`build.samples`) or read an analysis, and choose within `limit` bytes in all.
+    """Analyse (`build.samples`) or read `build.analysis`, and choose within `build.limit` bytes.
 
     `step_seconds` bounds the modelled time of a step; `explore` plans smaller schemes, too, so that
     the frontier shows what the budget buys. Raises PockError for a budget below the
@@ -69,13 +67,13 @@ def search(
     model, _ = full.resolve()
     candidates = find_candidates(model, settings.only)
     planner = Planner(model, build.loss, build.optimizer, build.target)
-    check_smallest(planner, candidates, Limits(limit))
+    check_smallest(planner, candidates, Limits(build.limit))
     if build.samples is None:
-        table = _finished(build, model, analysis)
+        table = _finished(build, model)
     else:
         arrays = checked_samples(build, model, build.samples)
         facts = describe(full, model, arrays, settings)
-        path = Path(analysis) if analysis else default_path(facts)
+        path = Path(build.analysis) if build.analysis else default_path(facts)
         table = analyse(full, model, candidates, arrays, settings, path, progress)
     exact = Planner(
         model, build.loss, build.optimizer, build.target, float(table.facts["kernel_bytes"])
@@ -85,7 +83,7 @@ def search(
     if build.target.is_host:
         pace = float(table.facts["step_seconds"] / table.facts["full_work"])
     work = None if step_seconds is None else step_seconds / pace
-    choice, planned = _fitting(selector, limit, work, progress)
+    choice, planned = _fitting(selector, build.limit, work, progress)
     if explore:
         selector.explore(choice)
     return Found(choice, selector.frontier(choice), table, candidates, pace, planned)
@@ -115,10 +113,11 @@ def default_path(facts: Mapping[str, Any]) -> Path:
     return Path("build") / "analysis" / f"{facts['model']}-{facts['method']}-{key}.jsonl"
 
 
-def _finished(build: Any, model: Model, analysis: str | Path | None) -> Table:
+def _finished(build: Build, model: Model) -> Table:
     """An analysis of this very model that needs no data any more."""
     from pocktvm.search.analysis import SETTLED, Settings, describe
 
+    analysis = build.analysis
     if analysis is None:
         raise PockError(
             "the scheme 'auto' is chosen from an analysis of your data, which this build was not "
@@ -139,12 +138,9 @@ def _finished(build: Any, model: Model, analysis: str | Path | None) -> Table:
     return table
 
 
-def automatic_scheme(
-    build: Any, limit: int | None, analysis: str | Path | None, progress: Progress | None
-) -> Scheme:
+def automatic_scheme(build: Build, progress: Progress | None = None) -> Scheme:
     """The scheme `auto` stands for in this build."""
-    found = search(build, limit, analysis=analysis, progress=progress)
-    return Scheme(found.mapping(), name="auto")
+    return Scheme(search(build, progress=progress).mapping(), name="auto")
 
 
 def to_toml(found: Found, target: str, limit: int | None) -> str:
