@@ -36,6 +36,7 @@ def run(
     steps: Annotated[int | None, typer.Option(min=1, help="total, resumed steps included")] = None,
     lr: Rate = None,
     threads: Annotated[int | None, typer.Option(min=1, help="threads of the trainer")] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="each thread keeps to a core")] = False,
     save: Annotated[Path | None, typer.Option(help="checkpoint to write, at the end too")] = None,
     save_every: Every = None,
     resume: Annotated[Path | None, typer.Option(help="checkpoint to go on from")] = None,
@@ -62,7 +63,7 @@ def run(
             resample=resample,
             save_every=None if save_every is None else f"{save_every:g}s",
         )  # fmt: skip
-        command += ["--json"] if as_json else []
+        command += [*(["--pin"] if pin else []), *(["--json"] if as_json else [])]
         _start(command, as_json=as_json, emulated=bool(emulator))
 
 

@@ -21,10 +21,10 @@ from pocktvm.errors import InternalError, PockError
 from pocktvm.ir.target import Toolchain
 
 C_FOLDER = Path(__file__).parent.parent / "runtime" / "c"
-RUNTIME = ("runtime", "threads", "checkpoint", "select", "safetensors", "inputs", "kernel_abi",
-           "process")  # fmt: skip
+RUNTIME = ("runtime", "threads", "affinity", "checkpoint", "select", "safetensors", "inputs",
+           "kernel_abi", "process")  # fmt: skip
 RUNNER = ("main", "train", "source", "generate", "selftest", "serve", "library", "json")
-TIMER = ("threads", "kernel_abi", "process")
+TIMER = ("threads", "affinity", "kernel_abi", "process")
 LOADER = ("elf_loader", "elf_imports")
 _NEARLY_FULL_BYTES = 30_000_000
 _FLAGS = (

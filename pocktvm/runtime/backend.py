@@ -67,6 +67,7 @@ class _Options(ctypes.Structure):
         ("arena", ctypes.c_void_p),
         ("arena_bytes", ctypes.c_int64),
         ("threads", ctypes.c_int32),
+        ("pin", ctypes.c_int32),
         ("checkpoint", ctypes.c_char_p),
         ("call_ns", ctypes.c_void_p),
         ("seed", ctypes.c_uint64),

@@ -74,7 +74,7 @@ static const import imports[] = {
     OURS(unlink), OURS(access), OURS(statvfs), OURS(fstatvfs), OURS(getpid), OURS(sysconf),
     OURS(mmap), OURS(munmap), OURS(madvise), OURS(mprotect),
     /* time and threads */
-    OURS(clock_gettime), OURS(nanosleep), OURS(sched_yield), OURS(sched_getaffinity),
+    OURS(clock_gettime), OURS(nanosleep), OURS(sched_yield), OURS(sched_getaffinity), OURS(sched_setaffinity),
     OURS(pthread_create), OURS(pthread_join), OURS(pthread_mutex_init), OURS(pthread_mutex_lock),
     OURS(pthread_mutex_unlock), OURS(pthread_mutex_destroy), OURS(pthread_cond_init),
     OURS(pthread_cond_wait), OURS(pthread_cond_signal), OURS(pthread_cond_broadcast),

@@ -182,11 +182,15 @@ void pk_use_pool(pk_pool *pool); /* of the calling thread, for the kernels it is
 const char *pk_kernel_error(void);
 
 /* threads.c */
-pk_pool *pk_pool_open(int threads);
+pk_pool *pk_pool_open(int threads, int pin); /* pin: each thread keeps to a core */
 void pk_pool_close(pk_pool *pool);
 int pk_pool_threads(const pk_pool *pool);
 int pk_pool_run(pk_pool *pool, int (*task)(int, void *, void *), void *data, int n_tasks);
+
+/* affinity.c */
 int pk_online_cpus(void);
+int pk_fast_cpus(int *cpus, int most);   /* those we may use, fastest first; their number */
+int pk_hold(const int *cpus, int n);     /* keeps the calling thread to these */
 
 /* runtime.c: the trained state on the processor's side is the device's, and the reverse */
 int pk_fetch_state(pocktvm *m);

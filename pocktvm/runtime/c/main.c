@@ -18,6 +18,7 @@ static const char USAGE[] =
     "  --steps N              total number of steps, resumed ones included\n"
     "  --lr X                 learning rate; default: the one stored at build\n"
     "  --threads N            default: every core\n"
+    "  --pin                  each thread keeps to a core of its own, the fastest first\n"
     "  --seed S               order of the samples, dropout's masks\n"
     "  --save CKPT            checkpoint, written at the end\n"
     "  --save-every 1s|500ms|N   … and as often as this (N: steps)\n"
@@ -83,6 +84,7 @@ static int take_flag(pk_settings *o, const char *name) {
   } flags[] = {{"--json", &o->json},         {"--selftest", &o->selftest},
                {"--serve", &o->serve},       {"--profile", &o->profile},
                {"--progress", &o->progress}, {"--emulated", &o->emulated},
+               {"--pin", &o->pin},
                {"--die-with-parent", &o->die_with_parent}};
   for (size_t i = 0; i < sizeof flags / sizeof *flags; i++)
     if (strcmp(name, flags[i].name) == 0) return *flags[i].flag = 1;
@@ -149,7 +151,7 @@ int main(int argc, char **argv) {
   signal(SIGPIPE, SIG_IGN);
   if (pk_load_library(settings.artifact, &api, folder, sizeof folder)) return 1;
   snprintf(weights, sizeof weights, "%s/weights.safetensors", folder);
-  pocktvm_options options = {.weights = weights, .threads = settings.threads};
+  pocktvm_options options = {.weights = weights, .threads = settings.threads, .pin = settings.pin};
   if (settings.serve) options.seed = settings.seed;
   if (settings.serve) return pk_serve(&api, &options);
   if (settings.selftest) return pk_selftest(&api, &settings, &options);

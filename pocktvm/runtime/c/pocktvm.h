@@ -128,6 +128,8 @@ typedef struct {
                              Host memory, also where a GPU has the arena proper */
   int64_t arena_bytes;    /* of the caller's arena */
   int32_t threads;        /* 0: as many as the device has cores for us */
+  int32_t pin;            /* 1: each thread keeps to a core of its own, the fastest first; the caller's
+                             too, until close. Not where threads outnumber cores, nor on macOS */
   const char *checkpoint; /* held locked until close; NULL: none */
   int64_t *call_ns;       /* plan.n_calls sums of nanoseconds, for a profile; NULL: not measured */
   uint64_t seed;          /* of dropout's masks, where the model was built with dropout */

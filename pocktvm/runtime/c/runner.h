@@ -25,7 +25,7 @@ typedef struct {
   const char *artifact, *data, *save, *resume;
   int64_t steps;      /* total, resumed ones included; -1: not given */
   double lr;          /* < 0: the artifact's */
-  int threads;
+  int threads, pin;
   double save_seconds; /* 0: only at the end */
   int64_t save_steps;  /* 0: by time */
   int64_t resample_epochs; /* 0: never */

@@ -125,7 +125,7 @@ static int choose_threads(int asked) {
 
 static int open_all(pocktvm *m, const pocktvm_options *options) {
   int status;
-  m->pool = pk_pool_open(choose_threads(options->threads));
+  m->pool = pk_pool_open(choose_threads(options->threads), options->pin);
   if (!m->pool) return pk_fail(m, POCKTVM_NO_MEMORY, "no memory for the threads");
   m->plan.threads = pk_pool_threads(m->pool);
   if ((status = reserve(m, &m->step, pk_the_model.step))) return status;

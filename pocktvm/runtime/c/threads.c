@@ -7,18 +7,18 @@
  * their loops by output, not by thread.
  *
  * Workers spin briefly between jobs (regions follow each other within microseconds inside a step),
- * then park on a condition variable. A pool of one thread has no workers and touches no atomics. */
+ * then park on a condition variable. A pool of one thread has no workers and touches no atomics.
+ * A pinned pool holds its i-th thread, the caller being the first, to the i-th fastest core. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <unistd.h>
 
 #include "internal.h"
 
 /* ~50 us of polling: longer than the serial gaps inside a step, shorter than a time slice. */
-enum { SPINS = 2000, SPINS_BEFORE_YIELD = 20000, MAX_TASKS = 0xffff };
+enum { SPINS = 2000, SPINS_BEFORE_YIELD = 20000, MAX_TASKS = 0xffff, MAX_CPUS = 256 };
 
 typedef int (*pk_task)(int, void *, void *);
 
@@ -30,6 +30,9 @@ typedef struct {
 struct pk_pool {
   int threads; /* the caller's included */
   pthread_t *workers;
+  int n_cpus; /* 0: not pinned */
+  int cpus[MAX_CPUS]; /* fastest first */
+  _Atomic int started; /* workers that have taken their number */
   _Alignas(64) _Atomic uint64_t ticket; /* generation << 32 | tasks << 16 | next task */
   _Atomic(pk_task) task;
   _Atomic(void *) data;
@@ -49,15 +52,6 @@ static inline void relax(void) {
 #elif defined(__arm__)
   __asm__ volatile("yield" ::: "memory");
 #endif
-}
-
-int pk_online_cpus(void) {
-#ifdef __linux__
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
-#endif
-  long n = sysconf(_SC_NPROCESSORS_ONLN);
-  return n < 1 ? 1 : (int)n;
 }
 
 static uint64_t ticket_of(uint32_t generation, int n_tasks) {
@@ -102,6 +96,7 @@ static uint32_t wait_for_job(pk_pool *pool, uint32_t seen) {
 static void *work(void *argument) {
   pk_pool *pool = argument;
   uint32_t seen = 0;
+  if (pool->n_cpus) pk_hold(&pool->cpus[1 + atomic_fetch_add(&pool->started, 1)], 1);
   pk_prefault_stack();
   while (!atomic_load(&pool->closing)) {
     seen = wait_for_job(pool, seen);
@@ -148,11 +143,14 @@ int pk_pool_run(pk_pool *pool, pk_task task, void *data, int n_tasks) {
 
 int pk_pool_threads(const pk_pool *pool) { return pool->threads; }
 
-pk_pool *pk_pool_open(int threads) {
+pk_pool *pk_pool_open(int threads, int pin) {
   void *memory = NULL;
   if (posix_memalign(&memory, 64, sizeof(pk_pool))) return NULL;
   pk_pool *pool = memory;
   *pool = (pk_pool){.threads = 1};
+  if (pin) pool->n_cpus = pk_fast_cpus(pool->cpus, MAX_CPUS);
+  if (pool->n_cpus < threads) pool->n_cpus = 0; /* threads that share a core want to move */
+  if (pool->n_cpus) pk_hold(pool->cpus, 1);
   if (threads <= 1) return pool;
   pthread_mutex_init(&pool->mutex, NULL);
   pthread_cond_init(&pool->wake, NULL);
@@ -176,5 +174,6 @@ void pk_pool_close(pk_pool *pool) {
     pthread_mutex_destroy(&pool->mutex);
     free(pool->workers);
   }
+  if (pool->n_cpus) pk_hold(pool->cpus, pool->n_cpus);
   free(pool);
 }

@@ -73,7 +73,7 @@ int main(int argc, char **argv) {
     args[i] = (pk_any){PK_ANY_DLTENSOR, 0, {.pointer = &tensors[i]}};
   }
   int threads = argc > 1 ? atoi(argv[1]) : 0;
-  pk_pool *pool = pk_pool_open(threads > 0 ? threads : pk_online_cpus());
+  pk_pool *pool = pk_pool_open(threads > 0 ? threads : pk_online_cpus(), 0);
   if (!pool) return 1;
   pk_use_pool(pool);
   if (call(args)) return 1;
