@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import sitting
 from benchmarks.contestants import Script
 from benchmarks.peers import PeersDir, load_weights
 from benchmarks.step import _parser, _peers, check_losses, summary
@@ -75,3 +76,35 @@ def test_the_summary_keeps_its_names():
     peers[1].losses = [2.6]
     with pytest.raises(SystemExit, match="jax does other work"):
         check_losses([ours, *peers])
+
+
+def test_a_sitting_is_taken_up_where_it_stopped(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run(key, options):
+        ran.append(key)
+        workload, scheme, threads = key
+        return {
+            "workload": workload, "scheme": scheme, "threads": threads, "ours_ms": 10.0,
+            "peers": {"torch": 40.0, "ort": 20.0}, "ratio_to_best_peer": 0.5,
+            "minimum_ms": {"pocktvm": 9.0}, "peak_rss_bytes": {"pocktvm": 30e6, "ort": 200e6},
+            "gflop": 2.0, "fma_peak_gflops": 500.0,
+        }  # fmt: skip
+
+    monkeypatch.setattr(sitting, "_run", run)
+    path = tmp_path / "sitting.jsonl"
+    sitting.main(["-o", str(path), "--rows", "w1a:full", "--threads", "1"])
+    sitting.main(["-o", str(path), "--rows", "w1a:full,w2", "--threads", "1"])
+    assert ran == [("w1a", "full", 1), ("w2", "sparse", 1)]
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row == (
+        "| w2 | sparse | 1 | 10.0 (9.0) | torch 40.0, **ort 20.0** | 0.500 | 4.0 | 30 / 200 |"
+    )
+    with pytest.raises(SystemExit, match="no workload 'w9'"):
+        sitting.main(["-o", str(path), "--rows", "w9:full"])
+
+
+def test_peers_of_a_row():
+    assert sitting.peers_of("w1a", True) == ["torch", "torch-fold_cl", "tf", "ort"]
+    assert sitting.peers_of("w3", True) == ["torch", "torch-compile", "jax"]
+    assert sitting.peers_of("w4", False) == ["torch", "torch-compile"]
