@@ -193,6 +193,14 @@ def rows() -> Iterator[tuple[str, Case]]:
             node = Node(f"{op}_grad", ("dy", "y"), ("dx",), attrs)
             y = y if op == "softmax" else np.log(y + 1e-9)
             yield f"{op}_grad-{name}", Case(node, types, "rows", {"y": y})
+            square = (2, shape[-1], shape[-1])
+            lower = typed(x=square, y=square, dy=square, dx=square)
+            if op == "softmax" and shape[-1] < 200:
+                node = Node(op, ("x",), ("y",), {"axis": 2, "causal": True})
+                yield f"causal-{op}-{name}", Case(node, lower, "rows")
+                node = Node(f"{op}_grad", ("dy", "y"), ("dx",), node.attrs)
+                y = np.tril(rng.dirichlet(np.ones(shape[-1]), square[:-1])).astype(np.float32)
+                yield f"causal-{op}_grad-{name}", Case(node, lower, "rows", {"y": y})
         norm = {"axes": (len(shape) - 1,), "eps": 1e-5}
         spread = {"rstd": rng.uniform(0.5, 2, shape[:-1]).astype(np.float32)}
         for node in (

@@ -6,6 +6,8 @@ passes/assign_layout.py; `perm`-like attributes are tuples of ints, axes are nev
 name                 inputs -> outputs                    attributes
 matmul               a, b -> c (numpy matmul rules)       transpose_a, transpose_b (last two axes; 2-D or
                                                           equal batch axes, or b 2-D)
+                                                          causal: "a" a is zero above its diagonal | "result"
+                                                          nobody reads c above its diagonal, it may be anything
 conv2d               x, w -> y                            strides(2) padding(t,l,b,r) dilation(2) groups
                                                           layout: "NCHW" with w OIHW | "NHWC" with w HWIO
 conv2d_input_grad    dy, w -> dx                          the same; dx's shape from the value.  Also
@@ -17,8 +19,9 @@ avg_pool2d           x -> y                               … and count_include_
 avg_pool2d_grad      dy -> dx                             the same
 resize2d             x -> y                               method nearest|linear, align_corners, layout
 resize2d_grad        dy -> dx                             the same
-softmax log_softmax  x -> y                               axis
-softmax_grad         dy, y -> dx                          axis
+softmax log_softmax  x -> y                               axis (softmax causal: the row up to the diagonal of
+                                                          the last two axes, zeros behind it)
+softmax_grad         dy, y -> dx                          axis (causal: likewise; dy is not read above it)
 log_softmax_grad     dy, y -> dx                          axis
 layer_norm           x, g, b -> y, mean, rstd             axes (last ones), eps; mean, rstd: rows
 layer_norm_grad      dy, x, g, mean, rstd -> dx           axes (dg, db are sums of elementwise)

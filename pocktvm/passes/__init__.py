@@ -21,6 +21,7 @@ from pocktvm.passes.scale_grads import scale_grads
 from pocktvm.passes.scatter_updates import scatter_updates
 from pocktvm.passes.simplify import simplify
 from pocktvm.passes.sink_slices import sink_slices
+from pocktvm.passes.skip_masked import skip_masked
 
 Pass = Callable[[Graph], Graph]
 
@@ -36,6 +37,7 @@ PIPELINE: tuple[Pass, ...] = (
     simplify,
     flatten_rows,
     simplify,
+    skip_masked,
     scatter_updates,
     fuse,
     fuse_blocks,

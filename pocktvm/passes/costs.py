@@ -40,7 +40,8 @@ def _flops(node: Node, values: Mapping[str, Value]) -> int:
     if node.op == "matmul":
         a = values[node.inputs[0]]
         depth = a.shape[-2] if node.attrs.get("transpose_a") else a.shape[-1]
-        return 2 * out.size * depth
+        whole = 2 * out.size * depth
+        return whole // 2 if node.attrs.get("causal") else whole
     if node.op in ("conv2d", "conv2d_input_grad", "conv2d_weight_grad"):
         small = {"conv2d": out, "conv2d_input_grad": values[node.inputs[0]]}
         dy = small.get(node.op, values[node.inputs[1]])

@@ -15,7 +15,15 @@ from pocktvm.reference.registry import Tensor, gradient_of, reference
 def softmax(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
     """Along `axis`."""
     function = torch.softmax if node.op == "softmax" else torch.log_softmax
-    return function(args[0], dim=node.attrs.get("axis", -1))
+    x = args[0]
+    if node.attrs.get("causal"):
+        x = x.masked_fill(_above(x), float("-inf"))
+    return function(x, dim=node.attrs.get("axis", -1))
+
+
+def _above(x: Tensor) -> Tensor:
+    """True above the diagonal of the last two axes."""
+    return torch.ones(x.shape[-2:], dtype=torch.bool).triu(1)
 
 
 @reference("softmax_grad", "log_softmax_grad")
@@ -23,6 +31,8 @@ def softmax_grad(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> T
     """dx from dy and the forward's output y."""
     dy, y = args
     axis = node.attrs.get("axis", -1)
+    if node.attrs.get("causal"):
+        dy = dy.masked_fill(_above(dy), 0.0)
     if node.op == "softmax_grad":
         return y * (dy - (dy * y).sum(axis, keepdim=True))
     return dy - y.exp() * dy.sum(axis, keepdim=True)

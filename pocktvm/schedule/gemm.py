@@ -30,11 +30,13 @@ class Gemm:
     batch: int = 1
     a_batched: bool = False
     b_batched: bool = False
+    causal: str = ""  # "a" or "result": half of it is zero, or not wanted (ir/ops.py)
 
     @property
     def flops(self) -> int:
         """Multiplications and additions."""
-        return 2 * self.batch * self.m * self.n * self.k
+        whole = 2 * self.batch * self.m * self.n * self.k
+        return whole // 2 if self.causal else whole
 
 
 def describe(task: Task) -> Gemm | str:
@@ -67,8 +69,8 @@ def _matmul(task: Task, node: Node) -> Gemm | str:
     if count_b == 1 and not ta:  # rows of the whole batch are rows of one product
         return Gemm(x, y, c, count_a * m, n, k, ta, tb)
     if count_a == 1 or count_b == 1 or head_a == head_b:
-        batch = max(count_a, count_b)
-        return Gemm(x, y, c, m, n, k, ta, tb, batch, count_a > 1, count_b > 1)
+        batch, causal = max(count_a, count_b), str(node.attrs.get("causal", ""))
+        return Gemm(x, y, c, m, n, k, ta, tb, batch, count_a > 1, count_b > 1, causal)
     return f"batch axes {list(head_a)} and {list(head_b)} broadcast"
 
 

@@ -88,7 +88,7 @@ class Tile:
         """acc += A[row : row + rows, k0 : k0 + extent] B[that k, the panel]; read_b counts k from
         k0."""
         pieces = vectors(width, self.ctx.lanes)
-        for k, unroll in k_blocks(extent, UNROLL):
+        for k, unroll in self._steps(row, rows, extent):
             broadcasts = self._broadcasts(row, rows, k0 + k, unroll)
             for u in range(unroll):
                 columns = [(c, w, T.bind(read_b(k + u, c, w))) for c, w in pieces]
@@ -96,6 +96,28 @@ class Tile:
                     for c, w, b in columns:
                         i = r * width + c
                         store(acc, i, load(acc, i, w) + broadcasts(r, u, w) * b, w)
+
+    def _steps(self, row: Expr, rows: int, extent: int) -> Iterator[tuple[Expr, int]]:
+        """k_blocks, without those where all of these rows of A are zero."""
+        gemm = self.gemm
+        if gemm.causal != "a" or extent != gemm.k or extent % UNROLL:
+            yield from k_blocks(extent, UNROLL)
+            return
+        first, stop = 0, extent // UNROLL
+        if gemm.transpose_a:
+            first = tirx.Min(stop, row // UNROLL)
+        else:
+            stop = tirx.Min(stop, (row + rows + UNROLL - 1) // UNROLL)
+        with T.serial(first, stop) as i:
+            yield i * UNROLL, UNROLL
+
+    def wanted(self, row: Expr, rows: int, column: Expr) -> Iterator[None]:
+        """Once: around what computes a tile of C, a branch where it may lie above the diagonal."""
+        if self.gemm.causal != "result":
+            yield
+            return
+        with T.If(column < row + rows), T.Then():
+            yield
 
     def _broadcasts(
         self, row: Expr, rows: int, k: Expr, unroll: int

@@ -15,9 +15,18 @@ ACCUMULATORS = 4  # independent chains: an add has four cycles of latency, two i
 
 
 def reduce_row(
-    ctx: Context, extent: int, value: Callable[[Expr, int], Expr], combine: Combine, start: float
+    ctx: Context,
+    extent: int,
+    value: Callable[[Expr, int], Expr],
+    combine: Combine,
+    start: float,
+    end: Expr | None = None,
 ) -> Expr:
-    """Combine value(i, width) over a row of `extent` into one scalar, in a fixed order."""
+    """Combine value(i, width) over a row of `extent` into one scalar, in a fixed order.
+
+    `end`: how many count; blocks behind it are not asked for, and of its own block `value` gives
+    the neutral element behind it.
+    """
     lanes = ctx.lanes
     chains = ACCUMULATORS
     while chains > 1 and extent < chains * lanes:
@@ -30,7 +39,8 @@ def reduce_row(
         sums = local(block)
         for c in range(chains):
             store(sums, c * lanes, const(start, lanes), lanes)
-        with T.serial(0, full) as i:
+        stop = full if end is None else tirx.Min(full, (end + block - 1) // block)
+        with T.serial(0, stop) as i:
             for c in range(chains):
                 at = c * lanes
                 item = value(i * block + at, lanes)

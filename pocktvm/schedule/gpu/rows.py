@@ -47,11 +47,12 @@ class BlockRows(Rows):
 
     def sum(self, value: Callable[[Expr, int], Expr]) -> Expr:
         """sum_i value(i, 1) over a row."""
-        return self._fold(value, add, 0.0)
+        return self._fold(self.counted(value, 0.0), add, 0.0)
 
     def top(self, x: Any, base: Expr) -> Expr:
         """The largest element of a row of x."""
-        return self._fold(lambda i, w: load(x, base + i, 1), lambda a, b: tirx.Max(a, b), LOWEST)
+        value = self.counted(lambda i, w: load(x, base + i, 1), LOWEST)
+        return self._fold(value, lambda a, b: tirx.Max(a, b), LOWEST)
 
     def sum_exp(self, x: Any, base: Expr, top: Expr) -> Expr:
         """sum_i e**(x_i - top) over a row of x."""
@@ -59,6 +60,7 @@ class BlockRows(Rows):
 
     def write(self, base: Expr, value: Callable[[Expr, int], Expr]) -> None:
         """Output 0 of a row from value(i, 1)."""
+        value = self.counted(value, 0.0)
         for i in stride_loop(self.thread, self.extent, self.count):
             store(self.outputs[0], base + i, value(i, 1), 1)
 
@@ -88,6 +90,7 @@ class RowOperators(GpuRule):
         def body(ctx: Context) -> None:
             for row, thread in blocks(math.prod(shape) // extent, count):
                 rows = BlockRows(ctx, extent, 1, thread, count)
+                rows.diagonal = T.bind(row % extent) if node.attrs.get("causal") else None
                 FUNCTIONS[node.op](rows, row, T.bind(row * extent))
 
         pairs = tuple(

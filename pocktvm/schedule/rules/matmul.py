@@ -138,9 +138,10 @@ class _Tiled:
                 return ctx.load(gemm.b, base + column * gemm.k + k * width + c, w)
             return ctx.load(gemm.b, base + k * gemm.n + column + c, w)
 
-        acc = tile.accumulators(rows, width)
-        tile.multiply(acc, row, rows, width, zero(), gemm.k, read)
-        tile.finish(acc, row, rows, column, width)
+        for _ in tile.wanted(row, rows, column):
+            acc = tile.accumulators(rows, width)
+            tile.multiply(acc, row, rows, width, zero(), gemm.k, read)
+            tile.finish(acc, row, rows, column, width)
 
     @property
     def workspaces(self) -> tuple[tuple[int, str], ...]:
@@ -168,9 +169,10 @@ class _Tiled:
     def _one_block(self, tile: Tile, panel: Panel, chunk: Expr, column: Expr) -> None:
         width = panel.width
         for row, rows in chunk_tiles(chunk, self.gemm.m, self.chunk, self.mr):
-            acc = tile.accumulators(rows, width)
-            tile.multiply(acc, row, rows, width, zero(), self.gemm.k, panel.load)
-            tile.finish(acc, row, rows, column, width)
+            for _ in tile.wanted(row, rows, column):
+                acc = tile.accumulators(rows, width)
+                tile.multiply(acc, row, rows, width, zero(), self.gemm.k, panel.load)
+                tile.finish(acc, row, rows, column, width)
 
     def _many_blocks(
         self, tile: Tile, panel: Panel, partial: Panel, chunk: Expr, column: Expr

@@ -9,27 +9,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pocktvm.schedule import vector_math as vm
-from pocktvm.schedule.emit import Context, build, const, load, splat, store, vector_loop
+from pocktvm.schedule.emit import Context, build, const, load, splat, store, vector_loop, vectors
 from pocktvm.schedule.loops import grid, worth_threads
-from pocktvm.schedule.row import add, reduce_row, row_max, row_sum_exp
+from pocktvm.schedule.row import Combine, add, reduce_row, row_sum_exp
 from pocktvm.schedule.rule import Emitted, Knob, Task
 from pocktvm.tvm_api import T, tirx
 
 Expr = Any
+Value = Callable[[Expr, int], Expr]  # (first element, width) -> a vector of a row
+LOWEST = -3.4e38
 WORK = {"softmax": 40, "log_softmax": 30, "log_softmax_grad": 30}  # instructions an element
 
 
 @dataclass
 class Rows:
-    """The rows of one task: `extent` consecutive elements each."""
+    """The rows of one task: `extent` consecutive elements each.
+
+    `diagonal`: the last element of the current row that counts, for causal operators.
+    """
 
     ctx: Context
     extent: int
     unroll: int
+    diagonal: Expr = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         node = self.ctx.task.node
@@ -37,9 +43,22 @@ class Rows:
         self.outputs = [self.ctx.buffers[n] for n in node.outputs]
         self.attrs = node.attrs
 
-    def sum(self, value: Callable[[Expr, int], Expr]) -> Expr:
+    def counted(self, value: Value, other: float) -> Value:
+        """`value` up to the diagonal, `other` behind it."""
+        if self.diagonal is None:
+            return value
+        return lambda i, w: tirx.Select(
+            (i if w == 1 else tirx.Ramp(i, 1, w)) <= splat(self.diagonal, w),
+            value(i, w), const(other, w),
+        )  # fmt: skip
+
+    def sum(self, value: Value) -> Expr:
         """sum_i value(i, width) over a row."""
-        return reduce_row(self.ctx, self.extent, value, add, 0.0)
+        return self._reduce(self.counted(value, 0.0), add, 0.0)
+
+    def _reduce(self, value: Value, combine: Combine, first: float) -> Expr:
+        end = None if self.diagonal is None else self.diagonal + 1
+        return reduce_row(self.ctx, self.extent, value, combine, first, end)
 
     def mean(self, value: Callable[[Expr, int], Expr]) -> Expr:
         """The sum over the row's length."""
@@ -47,7 +66,8 @@ class Rows:
 
     def top(self, x: Any, base: Expr) -> Expr:
         """The largest element of a row of x."""
-        return row_max(self.ctx, x, base, self.extent)
+        value = self.counted(lambda i, w: load(x, base + i, w), LOWEST)
+        return self._reduce(value, lambda a, b: tirx.Max(a, b), LOWEST)
 
     def sum_exp(self, x: Any, base: Expr, top: Expr) -> Expr:
         """sum_i e**(x_i - top) over a row of x."""
@@ -55,8 +75,23 @@ class Rows:
 
     def write(self, base: Expr, value: Callable[[Expr, int], Expr]) -> None:
         """Output 0 of a row from value(i, width)."""
+        if self.diagonal is not None:
+            self._write_causal(base, self.counted(value, 0.0))
+            return
         for i, width in vector_loop(self.extent, self.ctx.lanes, self.unroll):
             store(self.outputs[0], base + i, value(i, width), width)
+
+    def _write_causal(self, base: Expr, value: Value) -> None:
+        lanes, y = self.ctx.lanes, self.outputs[0]
+        full = self.extent // lanes
+        stop = T.bind(tirx.Min(full, (self.diagonal + lanes) // lanes))
+        with T.serial(0, stop) as i:
+            store(y, base + i * lanes, value(i * lanes, lanes), lanes)
+        with T.serial(stop, full) as i:
+            store(y, base + i * lanes, const(0.0, lanes), lanes)
+        for start, width in vectors(self.extent - full * lanes, lanes):
+            at = tirx.const(full * lanes + start, "int32")
+            store(y, base + at, value(at, width), width)
 
     def statistic(self, output: int, row: Expr, value: Expr) -> None:
         """One number a row, where the node has that output."""
@@ -226,6 +261,7 @@ class RowOperators:
         def body(ctx: Context) -> None:
             rows = Rows(ctx, extent, knobs["unroll"])
             for (row,) in grid((count,), worth_threads(task.target.isa, work)):
+                rows.diagonal = T.bind(row % extent) if node.attrs.get("causal") else None
                 FUNCTIONS[node.op](rows, row, T.bind(row * extent))
 
         func = build(task, body)
