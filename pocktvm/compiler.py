@@ -82,7 +82,7 @@ def _lower(
     kernels = schedule(graphs, device, progress=stages.detail, compiler=compiler)
 
     stages.enter("plan memory")
-    plan = memory.plan(kernels)
+    plan = memory.plan(kernels, device.fast_memory_bytes)
     memory.verify(kernels, plan)
     stages.saw("plan", plan)
     return kernels, plan

@@ -67,6 +67,8 @@ def read_target(raw: Mapping[str, Any], *, name: str, where: str) -> Target:
         raise PockError(f"{where}: checked = '{target.checked}'; allowed: {', '.join(CHECKED)}")
     if "kind" not in target.tvm:
         raise PockError(f"{where} [tvm]: missing 'kind' (llvm, cuda or metal)")
+    if target.is_gpu and target.fast_memory_bytes:
+        raise PockError(f"{where}: fast_memory_bytes: a GPU's arena lies in one memory")
     return target
 
 
@@ -105,7 +107,7 @@ def _value(hint: Any, value: Any, key: str, where: str) -> Any:
         if isinstance(value, Mapping):
             return dict(value)
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        if hint is not int or value > 0 or (value == 0 and key == "l3_bytes"):
+        if hint is not int or value > 0 or (value == 0 and key in ("l3_bytes", "fast_memory_bytes")):
             return value
         raise PockError(f"{where}: {key} = {value} must be positive")
     wanted = getattr(hint, "__name__", str(hint))

@@ -18,6 +18,8 @@ def show(facts: Mapping[str, Any], *, tensors: int = 8) -> None:
     for kind, nbytes in plan["by_class"].items():
         print(f"  {kind:12} {format_bytes(nbytes):>10}")
     print(f"  {'arena':12} {format_bytes(plan['arena_bytes']):>10}   one block, fixed offsets")
+    if plan.get("fast_bytes"):
+        print(f"  {'fast':12} {format_bytes(plan['fast_bytes']):>10}   the arena's end, on chip")
     print(f"  {'lower bound':12} {format_bytes(plan['lower_bound_bytes']):>10}   live at the peak")
     print(f"  {'total':12} {format_bytes(plan['total_bytes']):>10}   with frozen weights and code")
     print()

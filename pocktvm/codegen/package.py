@@ -186,7 +186,8 @@ def _selection(param: Param, tensor: Param) -> dict[str, Any]:
 
 
 def _plan(plan: MemoryPlan) -> dict[str, Any]:
-    keys = ("arena_bytes", "lower_bound_bytes", "total_bytes", "persistent_bytes", "peak_call")
+    keys = ("arena_bytes", "lower_bound_bytes", "total_bytes", "persistent_bytes", "fast_bytes",
+            "peak_call")  # fmt: skip
     return {**{k: getattr(plan, k) for k in keys}, "by_class": dict(plan.by_class)}
 
 

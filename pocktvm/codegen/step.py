@@ -347,6 +347,7 @@ def _write_model(w: Writer, frozen_file: str | None) -> None:
         "fingerprint": text(fingerprint(w.kernels, identity.state)),
         "lr": number(identity.lr),
         "arena_bytes": plan.arena_bytes,
+        "fast_bytes": plan.fast_bytes,
         "lower_bound_bytes": plan.lower_bound_bytes,
         "total_bytes": plan.total_bytes,
         "frozen_bytes": w.frozen.nbytes,

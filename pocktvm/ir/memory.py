@@ -19,6 +19,7 @@ class MemoryPlan:
     total_bytes       arena + frozen weights + code
     by_class          bytes per class of memory (transient classes: at the peak)
     peak_call         label of the call at which the peak is reached
+    fast_bytes        the arena's last bytes that are to lie in the device's fast memory
     """
 
     arena_bytes: int
@@ -28,11 +29,12 @@ class MemoryPlan:
     offsets: Mapping[str, Mapping[str, int]]
     by_class: Mapping[str, int]
     peak_call: str = ""
+    fast_bytes: int = 0
 
     def __str__(self) -> str:
         lines = [
             f"arena {self.arena_bytes} bytes, lower bound {self.lower_bound_bytes} "
-            f"(at '{self.peak_call}'), total {self.total_bytes}",
+            f"(at '{self.peak_call}'), total {self.total_bytes}, fast {self.fast_bytes}",
             "  " + ", ".join(f"{name} {nbytes}" for name, nbytes in self.by_class.items()),
         ]
         for program, offsets in self.offsets.items():

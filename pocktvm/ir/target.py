@@ -55,6 +55,7 @@ class Target:
     isa: Isa
     toolchain: Toolchain
     memory_bytes: int
+    fast_memory_bytes: int = 0  # on-chip memory that the caller of the library gives (0: none)
     emulator: tuple[str, ...] = ()  # command prefix; empty: runs natively
     checked: str = "emulated"
     arch: str = ""

@@ -84,7 +84,7 @@ class _Problem:
         for i in order:
             near = self.neighbours[i]
             near = near[offsets[near] >= 0]
-            offsets[i] = _lowest_gap(offsets[near], self.sizes[near], self.sizes[i])
+            offsets[i] = lowest_gap(offsets[near], self.sizes[near], self.sizes[i])
         self.budget -= len(order)
         return offsets
 
@@ -118,7 +118,8 @@ class _Problem:
         return sorted(order, key=lambda block: position[block])
 
 
-def _lowest_gap(starts: np.ndarray, sizes: np.ndarray, size: int) -> int:
+def lowest_gap(starts: np.ndarray, sizes: np.ndarray, size: int) -> int:
+    """The lowest offset at which `size` bytes meet none of the occupied [start, start + size)."""
     if not len(starts):
         return 0
     by_start = np.argsort(starts, kind="stable")

@@ -4,7 +4,8 @@
     [persistent, arena)      everything else; a step and a predict never run at the same time, so
                              each has the whole of it
 
-Frozen weights stay in the library's read-only pages and cost no arena.
+Frozen weights stay in the library's read-only pages and cost no arena. Where the device has a fast
+memory, the arena's end lies there (memory/fast.py).
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pocktvm.errors import InternalError
-from pocktvm.ir.kernels import Kernels, Program
+from pocktvm.ir.kernels import ALIGN, Kernels, Program
 from pocktvm.ir.memory import CLASSES, MemoryPlan
+from pocktvm.memory.fast import choose_fast
 from pocktvm.memory.lifetimes import CLASS_OF, PERSISTENT, Block, aligned, in_place
 from pocktvm.memory.pack import live_bytes, pack
 
@@ -24,8 +26,10 @@ from pocktvm.memory.pack import live_bytes, pack
 class _Packed:
     program: Program
     blocks: list[Block]
-    offsets: list[int]
-    height: int
+    main: dict[int, int]  # index of a block -> offset behind what is persistent
+    fast: dict[int, int]  # … in the fast memory
+    height: int  # of the main memory
+    fast_bytes: int  # used of the fast memory
     live: np.ndarray  # bytes; index 0 is before the first call
 
     @property
@@ -38,27 +42,30 @@ class _Packed:
         return int(self.live.argmax()) - 1
 
 
-def plan(kernels: Kernels) -> MemoryPlan:
-    """Place every root buffer that is not frozen. Offsets are multiples of 64 bytes."""
+def plan(kernels: Kernels, fast_memory_bytes: int = 0) -> MemoryPlan:
+    """Place every root buffer that is not frozen. Offsets are multiples of 64 bytes; at most
+    `fast_memory_bytes` at the arena's end are to lie in the device's fast memory."""
     kept, persistent_bytes, persistent_class = _persistent(kernels)
-    packed = [_pack(program, kernels) for program in kernels.programs.values()]
+    packed = [_pack(program, kernels, fast_memory_bytes) for program in kernels.programs.values()]
     height = max((p.height for p in packed), default=0)
+    fast = max((p.fast_bytes for p in packed), default=0)
     bound = max((p.peak for p in packed), default=0)
     worst = max(packed, key=lambda p: p.peak, default=None)
-    arena = persistent_bytes + height
+    arena = persistent_bytes + height + fast
     frozen = sum(int(array.nbytes) for array in kernels.consts.values())
     by_class = dict.fromkeys(CLASSES, 0) | persistent_class | {"frozen": frozen}
     if worst is not None:
         for name, nbytes in live_by_class(worst.blocks, worst.peak_at).items():
             by_class[name] += nbytes
     # What packing and the other program's smaller peak leave over: the classes sum to the arena.
-    by_class["workspace"] += height - bound
+    by_class["workspace"] += height + fast - bound
     return MemoryPlan(
         arena_bytes=arena,
         persistent_bytes=persistent_bytes,
         lower_bound_bytes=persistent_bytes + bound,
         total_bytes=arena + frozen + sum(len(k.object) for k in kernels.kernels.values()),
-        offsets={p.program.name: kept | _offsets(p, persistent_bytes) for p in packed},
+        offsets={p.program.name: kept | _offsets(p, persistent_bytes, height) for p in packed},
+        fast_bytes=fast,
         by_class=by_class,
         peak_call=_label(worst) if worst is not None else "",
     )
@@ -96,15 +103,21 @@ def _persistent(kernels: Kernels) -> tuple[dict[str, int], int, dict[str, int]]:
     return offsets, end, by_class
 
 
-def _pack(program: Program, kernels: Kernels) -> _Packed:
+def _pack(program: Program, kernels: Kernels, fast_memory_bytes: int) -> _Packed:
     blocks = in_place(program, kernels.kernels)
-    offsets, height = pack(blocks)
-    return _Packed(program, blocks, offsets, height, live_bytes(blocks, len(program.calls)))
+    chosen, used = choose_fast(program, blocks, fast_memory_bytes // ALIGN * ALIGN)
+    main = [i for i in range(len(blocks)) if i not in chosen]
+    offsets, height = pack([blocks[i] for i in main])
+    live = live_bytes(blocks, len(program.calls))
+    places = dict(zip(main, offsets, strict=True))
+    return _Packed(program, blocks, places, chosen, height, used, live)
 
 
-def _offsets(packed: _Packed, base: int) -> dict[str, int]:
-    pairs = zip(packed.blocks, packed.offsets, strict=True)
-    return {r.name: base + offset for block, offset in pairs for r in block.ranges}
+def _offsets(packed: _Packed, base: int, height: int) -> dict[str, int]:
+    main = {i: base + offset for i, offset in packed.main.items()}
+    fast = {i: base + height + offset for i, offset in packed.fast.items()}
+    places = main | fast
+    return {r.name: places[i] for i, block in enumerate(packed.blocks) for r in block.ranges}
 
 
 def _label(packed: _Packed) -> str:

@@ -175,11 +175,20 @@ class _Walk:
                 self.plan.arena_bytes,
             )
         )
+        split = self.plan.arena_bytes - self.plan.fast_bytes
+        outside = root in (*self.program.inputs, *self._results())
+        if start < split < end or (end > split and outside):
+            raise InternalError(
+                f"{where}: '{name}' takes [{start}, {end}), the fast memory begins at {split}"
+            )
         if start < low or end > high:
             raise InternalError(
                 f"{where}: '{name}' takes [{start}, {end}), allowed is [{low}, {high})"
             )
         return start, end
+
+    def _results(self) -> set[str]:
+        return {self._root(name) for name in self.program.outputs.values()}
 
     def _root(self, name: str) -> str:
         return name if name not in self.program.buffers else self.program.root(name)

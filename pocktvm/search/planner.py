@@ -76,7 +76,7 @@ class Planner:
 
         compiler = KernelCompiler(knobs_for=Records(self.target).knobs)
         kernels = schedule(graphs, self.target, progress=detail, compiler=compiler)
-        return memory.plan(kernels).total_bytes
+        return memory.plan(kernels, self.target.fast_memory_bytes).total_bytes
 
     def least(self, updated: Mapping[str, float], limit: int) -> Cost:
         """The cost when the build computes again what it need not keep (levers.py) to get within

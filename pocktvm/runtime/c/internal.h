@@ -157,6 +157,7 @@ typedef struct {
 struct pocktvm {
   pocktvm_plan_info plan; /* a copy, with this trainer's threads, steps, … */
   char *arena;
+  char *fast; /* the arena's last plan.fast_bytes; directly behind the rest unless the caller's */
   int64_t mapped_bytes; /* 0: the caller's arena */
   const char *frozen;
   int64_t frozen_mapped_bytes;

@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define POCKTVM_ABI 2
+#define POCKTVM_ABI 3
 #define POCKTVM_MAX_DIMS 8
 
 typedef struct pocktvm pocktvm;
@@ -103,6 +103,7 @@ typedef struct {
   const char *fingerprint; /* of the frozen weights; checkpoints carry it */
   double lr;               /* used where the caller has none of its own */
   int64_t arena_bytes, lower_bound_bytes, total_bytes, frozen_bytes;
+  int64_t fast_bytes; /* of the arena, its end: what should lie in the device's fast memory */
   int32_t n_inputs; /* labels last */
   const pocktvm_input *inputs;
   int32_t output_ndim;
@@ -127,6 +128,9 @@ typedef struct {
   void *arena;            /* NULL: the library maps arena_bytes itself; else aligned to 64 bytes.
                              Host memory, also where a GPU has the arena proper */
   int64_t arena_bytes;    /* of the caller's arena */
+  void *fast;             /* on-chip memory for plan.fast_bytes of the arena, aligned to 64 bytes; the
+                             arena then needs only the rest. NULL: they lie in the arena's end */
+  int64_t fast_bytes;     /* of the caller's fast memory */
   int32_t threads;        /* 0: as many as the device has cores for us */
   int32_t pin;            /* 1: each thread keeps to a core of its own, the fastest first; the caller's
                              too, until close. Not where threads outnumber cores, nor on macOS */

@@ -65,13 +65,22 @@ static int open_frozen(pocktvm *m) {
 }
 
 static int open_arena(pocktvm *m, const pocktvm_options *options) {
-  int64_t need = m->plan.arena_bytes;
+  int64_t need = m->plan.arena_bytes, fast = m->plan.fast_bytes;
+  if (options->fast && fast) {
+    if ((uintptr_t)options->fast % 64 || options->fast_bytes < fast)
+      return pk_fail(m, POCKTVM_NO_MEMORY, "the fast memory given has %lld bytes at %p; this model "
+                     "needs %lld bytes aligned to 64", (long long)options->fast_bytes,
+                     options->fast, (long long)fast);
+    m->fast = options->fast;
+    need -= fast;
+  }
   if (options->arena) {
     if ((uintptr_t)options->arena % 64 || options->arena_bytes < need)
       return pk_fail(m, POCKTVM_NO_MEMORY, "the arena given has %lld bytes at %p; this model needs "
                      "%lld bytes aligned to 64", (long long)options->arena_bytes, options->arena,
                      (long long)need);
     m->arena = options->arena;
+    if (!m->fast) m->fast = m->arena + need - fast;
     return POCKTVM_OK;
   }
   void *data = mmap(NULL, (size_t)need, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
@@ -83,6 +92,7 @@ static int open_arena(pocktvm *m, const pocktvm_options *options) {
 #endif
   m->arena = data;
   m->mapped_bytes = need;
+  if (!m->fast) m->fast = m->arena + need - fast;
   return POCKTVM_OK;
 }
 
@@ -96,14 +106,19 @@ static int reserve(pocktvm *m, pk_bound *bound, const pk_program *program) {
   return POCKTVM_OK;
 }
 
+static char *address_of(const pocktvm *m, const pk_view *view) {
+  int64_t split = m->plan.arena_bytes - m->plan.fast_bytes;
+  if (view->space == PK_FROZEN) return (char *)(uintptr_t)m->frozen + view->offset;
+  return view->offset < split ? m->arena + view->offset : m->fast + (view->offset - split);
+}
+
 static void bind(pocktvm *m, pk_bound *bound) {
   const pk_program *program = bound->program;
   if (!program) return;
   for (int32_t i = 0; i < program->n_views; i++) {
     const pk_view *view = &program->views[i];
-    char *base = view->space == PK_FROZEN ? (char *)(uintptr_t)m->frozen : m->arena;
     bound->tensors[i] = (pk_dltensor){
-        .data = base + view->offset,
+        .data = address_of(m, view),
         .device = {1, 0},
         .ndim = view->ndim,
         .dtype = view->dtype,
