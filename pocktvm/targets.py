@@ -20,6 +20,7 @@ from pocktvm.ir.target import Isa, Target, Toolchain
 from pocktvm.units import parse_bytes
 
 FOLDER = Path(__file__).parent / "_targets"
+MAY_BE_ZERO = ("l3_bytes", "fast_memory_bytes")  # a device without it
 CHECKED = ("run", "emulated", "simulated", "inspected")
 
 
@@ -107,7 +108,7 @@ def _value(hint: Any, value: Any, key: str, where: str) -> Any:
         if isinstance(value, Mapping):
             return dict(value)
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        if hint is not int or value > 0 or (value == 0 and key in ("l3_bytes", "fast_memory_bytes")):
+        if hint is not int or value > 0 or (value == 0 and key in MAY_BE_ZERO):
             return value
         raise PockError(f"{where}: {key} = {value} must be positive")
     wanted = getattr(hint, "__name__", str(hint))

@@ -49,7 +49,7 @@ def test_the_verifier_rejects_a_buffer_across_both_memories():
     with pytest.raises(InternalError, match="the fast memory begins"):
         verify(kernels, replace(result, offsets={"step": across}))
     fast_input = {**result.offsets["step"], "x": split}
-    with pytest.raises(InternalError, match="'x' takes .* the fast memory begins"):
+    with pytest.raises(InternalError, match=r"'x' takes .* the fast memory begins"):
         verify(kernels, replace(result, offsets={"step": fast_input}))
 
 
