@@ -1,8 +1,9 @@
 """How accurate does an artifact become? Repeated over seeds, tuned on held-out samples.
 
 For every seed: a random part of the training samples is held out, the learning rate is the one
-whose held-out loss is lowest, training stops when that loss no longer falls and goes back to where
-it was lowest, and the test samples are looked at once, at the end. Imports neither torch nor TVM.
+whose held-out loss is lowest (there, or over the first seeds), training stops when that loss no
+longer falls and goes back to where it was lowest, and the test samples are looked at once, at the
+end. Imports neither torch nor TVM.
 """
 
 from __future__ import annotations
@@ -85,12 +86,17 @@ def evaluate(
     held_out: float = 0.1,
     threads: int | None = None,
     resample: int = 0,
+    lr_seeds: int | None = None,
+    decay: bool = False,
     progress: Callable[[str, str], None] | None = None,
 ) -> Evaluation:
     """Train `artifact` (an Artifact, or its folder) once a seed and a learning rate.
 
     train, test   arrays by input name, labels as `y`, axis 0 samples
     patience      epochs without a lower held-out loss after which a run ends
+    lr_seeds      how many seeds, the first, try every rate; the others take the one with the lowest
+                  mean of held-out losses there (None: every seed chooses its own)
+    decay         the rate falls to zero over `epochs` along half a cosine
     resample      epochs after which other channels learn, drawn from the seed (0: never); for
                   artifacts built with `resample`
     held_out      share of the training samples that only choose (rate, epoch)
@@ -99,29 +105,49 @@ def evaluate(
     """
     folder = Path(getattr(artifact, "path", artifact))
     with load(folder, threads) as trainer:
-        bench = _Bench(trainer, train, test, held_out)
+        bench = _Bench(trainer, train, test, held_out, _Plan(epochs, patience, resample, decay))
+        tried = dict(enumerate(seeds)) if lr_seeds is None else dict(enumerate(seeds[:lr_seeds]))
+        losses: dict[float, list[float]] = {lr: [] for lr in sorted(lrs)}
         runs = []
-        for seed in seeds:
-            best = None
-            for lr in sorted(lrs):
+        for number, seed in enumerate(seeds):
+            rates = list(losses)
+            if number not in tried:
+                rates = [min(losses, key=lambda lr: float(np.mean(losses[lr])))]
+            found = []
+            for lr in rates:
                 if progress:
                     progress(f"seed {seed}", f"lr {lr:g}")
-                run = bench.fit(seed, lr, epochs, patience, resample)
-                if best is None or run.held_out_loss < best.held_out_loss:
-                    best = run
+                found.append(bench.fit(seed, lr))
+                losses[lr].append(found[-1].held_out_loss)
+                if found[-1].held_out_loss == min(run.held_out_loss for run in found):
                     bench.keep()
-            if best is not None:
-                runs.append(bench.tested(best))
+            runs.append(bench.tested(min(found, key=lambda run: run.held_out_loss)))
         return Evaluation(
             tuple(runs), trainer.plan.arena_bytes, trainer.plan.total_bytes, bench.step_seconds
         )
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What all runs have in common; see `evaluate`."""
+
+    epochs: int
+    patience: int
+    resample: int
+    decay: bool
+
+    def factor(self, done: float) -> float:
+        """Of the rate, where `done` of all epochs' steps were taken."""
+        return 0.5 * (1 + math.cos(math.pi * done)) if self.decay else 1.0
+
+
 class _Bench:
     """A trainer with checked data."""
 
-    def __init__(self, trainer: Trainer, train: Arrays, test: Arrays, held_out: float) -> None:
-        self.trainer = trainer
+    def __init__(
+        self, trainer: Trainer, train: Arrays, test: Arrays, held_out: float, plan: _Plan
+    ) -> None:
+        self.trainer, self.plan = trainer, plan
         self.train = check_data(train, trainer.inputs, where="the training data")
         self.test = check_data(test, trainer.inputs, where="the test data", whole_batch=False)
         self.names = [i.name for i in trainer.inputs]
@@ -140,7 +166,7 @@ class _Bench:
         self.start, self.best, self.kept = (Path(self.work.name) / n for n in names)
         trainer.save(self.start)
 
-    def fit(self, seed: int, lr: float, epochs: int, patience: int, resample: int = 0) -> Run:
+    def fit(self, seed: int, lr: float) -> Run:
         """One run from the artifact's weights; the trainer then holds its best epoch. The test
         samples are not looked at: see `tested`."""
         began = time.perf_counter()
@@ -148,16 +174,16 @@ class _Bench:
         order = rng.permutation(len(self.train[self.names[0]]))
         held, rows = order[: self.held_out], order[self.held_out :]
         self.trainer.load(self.start)
-        lowest, best_epoch = math.inf, 0
-        for epoch in range(1, epochs + 1):
+        lowest, best_epoch, resample = math.inf, 0, self.plan.resample
+        for epoch in range(1, self.plan.epochs + 1):
             if resample and epoch > 1 and (epoch - 1) % resample == 0:
                 self.trainer.resample((seed << 32) + epoch)
-            self._epoch(rng.permutation(rows), lr)
+            self._epoch(rng.permutation(rows), lr, epoch)
             loss = float(self._measure(self.train, held)["loss"] or 0.0)
             if loss < lowest:
                 lowest, best_epoch = loss, epoch
                 self.trainer.save(self.best)
-            if not math.isfinite(loss) or epoch - best_epoch >= patience:
+            if not math.isfinite(loss) or epoch - best_epoch >= self.plan.patience:
                 break
         self.trainer.load(self.best if best_epoch else self.start)
         return Run(seed, lr, best_epoch, lowest, math.nan, None, time.perf_counter() - began)
@@ -173,12 +199,13 @@ class _Bench:
         accuracy = None if found["accuracy"] is None else float(found["accuracy"])
         return replace(run, test_loss=float(found["loss"] or 0.0), accuracy=accuracy)
 
-    def _epoch(self, rows: np.ndarray, lr: float) -> None:
+    def _epoch(self, rows: np.ndarray, lr: float, epoch: int) -> None:
         for at in range(0, len(rows) - self.batch + 1, self.batch):
             chosen = np.sort(rows[at : at + self.batch])
             arrays = [np.asarray(self.train[n][chosen]) for n in self.names]
+            done = (epoch - 1 + at / len(rows)) / self.plan.epochs
             began = time.perf_counter()
-            self.trainer.step(*arrays, lr=lr)
+            self.trainer.step(*arrays, lr=lr * self.plan.factor(done))
             self.step_seconds = min(self.step_seconds, time.perf_counter() - began)
 
     def _measure(self, arrays: Arrays, rows: np.ndarray) -> dict[str, Any]:

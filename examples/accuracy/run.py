@@ -21,9 +21,17 @@ from typing import Any
 from tasks import TASKS, Task
 
 import pocktvm
+from pocktvm.autodiff.losses import parse_loss
+from pocktvm.autodiff.optimizers import parse_optimizer
 from pocktvm.cli.progress import Progress
 from pocktvm.experiment import table
+from pocktvm.fit import Build
 from pocktvm.frontend.resolve import resolve_model
+from pocktvm.ir.scheme import Scheme
+from pocktvm.search.analysis import Settings
+from pocktvm.search.auto import search, to_toml
+from pocktvm.targets import load_target
+from pocktvm.units import parse_bytes
 
 RESAMPLE = "resample:"
 SCHEMES = "full,last,bias:7,pockengine,lora:4:r=4,auto:0.25,auto:0.125"
@@ -37,7 +45,11 @@ def main() -> int:
     parser.add_argument("--schemes", default=SCHEMES, help="separated by commas")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lrs", default="3e-4,1e-3,3e-3", help="tried on held-out samples")
+    parser.add_argument("--lr-seeds", type=int, help="seeds that try every rate (all)")
+    parser.add_argument("--decay", action="store_true", help="the rate falls along half a cosine")
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--patience", type=int, default=2, help="epochs without a lower loss")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--limit", type=int, help="training samples")
     parser.add_argument("--minutes", type=float, default=10, help="of a search")
     parser.add_argument("--out", type=Path, default=Path("build/accuracy"))
@@ -69,7 +81,8 @@ def run_missing(task: Task, options: argparse.Namespace, path: Path) -> None:
             result = pocktvm.evaluate(
                 artifact, train, test, seeds=range(options.seeds), epochs=options.epochs,
                 lrs=[float(lr) for lr in options.lrs.split(",")],
-                resample=int(scheme.startswith(RESAMPLE)),
+                patience=options.patience, lr_seeds=options.lr_seeds, decay=options.decay,
+                resample=int(scheme.startswith(RESAMPLE)), threads=options.threads,
                 progress=lambda stage, detail, s=scheme: bar(f"{s}: {stage}", detail),
             )  # fmt: skip
         line = {"scheme": scheme, **result.facts(), "updated": artifact.updated}
@@ -83,19 +96,40 @@ def compiled(
 ) -> pocktvm.Artifact:
     """The artifact of a scheme; see the top of this file for `auto`."""
     resample, scheme = scheme.startswith(RESAMPLE), scheme.removeprefix(RESAMPLE)
-    name, _, share = scheme.partition(":")
-    auto = name == "auto"
     source = resolve_model(task.model, batch=task.batch, weights=weights)
-    budget: int | str | None = share or None if auto else None
-    if auto and share and share[-1].isdigit():
-        full = read(path)["full"]
-        budget = int(full["total_bytes"] - (1 - float(share)) * full["arena_bytes"])
+    wanted: Any = scheme
+    if scheme.partition(":")[0] == "auto":
+        wanted = searched(task, source, scheme, train, options, path, bar)
     return pocktvm.compile(
-        source.module, source.example_inputs, scheme=name if auto else scheme, loss=source.loss,
+        source.module, source.example_inputs, scheme=wanted, loss=source.loss,
         optimizer=task.optimizer, name=source.name, published=source.scheme, mean=source.mean,
-        scale=source.scale, resample=resample, budget=budget, samples=train if auto else None,
-        analysis=options.out / f"{options.task}.analysis.jsonl" if auto else None, progress=bar,
+        scale=source.scale, resample=resample, progress=bar,
     )  # fmt: skip
+
+
+def searched(
+    task: Task, source: Any, scheme: str, train: Any, options: Any, path: Path, bar: Any
+) -> Scheme:
+    """What the search chooses for `auto:BUDGET`; one analysis of a task serves all budgets."""
+    share = scheme.partition(":")[2]
+    limit = parse_bytes(share) if share and not share[-1].isdigit() else None
+    if share and limit is None:
+        full = read(path)["full"]
+        limit = int(full["total_bytes"] - (1 - float(share)) * full["arena_bytes"])
+    build = Build(
+        source.module, source.example_inputs, Scheme.full(), parse_loss(source.loss),
+        parse_optimizer(task.optimizer), load_target("host"),
+        {"name": source.name, "scheme": source.scheme, "mean": source.mean, "scale": source.scale},
+        train,
+    )  # fmt: skip
+    found = search(
+        build, limit, analysis=options.out / f"{options.task}.analysis.jsonl", progress=bar,
+        settings=Settings(minutes=options.minutes, threads=options.threads),
+    )  # fmt: skip
+    (path.with_name(f"{options.task}-{scheme.replace(':', '-')}.toml")).write_text(
+        to_toml(found, "host", limit)
+    )
+    return Scheme(found.mapping(), name="auto")
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -38,18 +38,21 @@ METHODS = ("finetune", "fisher", "grad-norm")
 STEPS = (8, 60)  # of a trial, at least and at most
 HELD_OUT = 256  # samples
 PROXY_BATCHES = 16
+UNSTAMPED = ("shares", "minutes", "threads")  # settings that another run may change
 SETTLED = ("steps", "step_seconds", "kernel_bytes", "full_work")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to analyse. `minutes` is for all trials together, on this machine."""
+    """How to analyse. `minutes` is for all trials together, on this machine, with `threads` (None:
+    all there are)."""
 
     method: str = "finetune"
     minutes: float = 10.0
     seed: int = 0
     shares: tuple[float, ...] = SHARES
     only: tuple[str, ...] = ()
+    threads: int | None = None
 
 
 def checked_samples(build: Build, model: Model, samples: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,7 +120,7 @@ def describe(
         "lr": float(build.optimizer.lr),
     }
     if arrays is not None:
-        chosen = {k: v for k, v in asdict(settings).items() if k not in ("shares", "minutes")}
+        chosen = {k: v for k, v in asdict(settings).items() if k not in UNSTAMPED}
         facts |= {"data": digest(arrays), **{k: _plain(v) for k, v in chosen.items()}}
     return facts
 
@@ -161,7 +164,7 @@ def _open(
         compiler.compile(trial, folder, progress)
     step, _ = differentiate(model, updated, build.loss, optimizer, rates)
     step = run_passes(step, build.target)
-    trainer = load(folder)
+    trainer = load(folder, settings.threads)
     batch = trainer.inputs[0].shape[0]
     count = len(next(iter(arrays.values())))
     held_out = max(batch, min(HELD_OUT, count // 4) // batch * batch)
