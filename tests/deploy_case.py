@@ -56,10 +56,10 @@ def wrong(artifact) -> Path:
     return variant(artifact, "wrong", spoil_recorded_losses)
 
 
-def build(out: Path, target: str) -> Path:
+def build(out: Path, target: str, *options: str, scheme: str = "full") -> Path:
     """The smallest model of the zoo."""
-    words = ["build", "mlp", "--batch", str(BATCH), "--scheme", "full", "--target", target]
-    command = [sys.executable, "-m", "pocktvm", *words, "-o", str(out)]
+    words = ["build", "mlp", "--batch", str(BATCH), "--scheme", scheme, "--target", target]
+    command = [sys.executable, "-m", "pocktvm", *words, *options, "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     return out

@@ -50,6 +50,21 @@ def test_training_there_is_training_here(rig, artifact, data, tmp_path):
     assert is_clean(rig) and set(tmp_path.iterdir()) == {here, there}
 
 
+def test_channels_change_there_as_here(rig, deploy_folder, artifact, data, tmp_path):
+    """Four epochs of two steps, other channels in each; refused where there are none to choose."""
+    parts = build(deploy_folder / "parts", "host", "--resample", scheme='{"*.weight": 0.25}')
+    here, there = tmp_path / "here.safetensors", tmp_path / "there.safetensors"
+    common = ("--data", data, "--steps", 7, "--threads", 1, "--resample", 1)
+    result = facts(rig, parts, *common, "--fetch", there)
+    local = json.loads(rig.cli("run", parts, *common, "--save", here, "--json").stdout)
+    fixed = json.loads(rig.cli("run", parts, *common[:6], "--json").stdout)
+    assert result["losses"] == local["losses"] != fixed["losses"]
+    assert result["losses"][:2] == fixed["losses"][:2]
+    assert there.read_bytes() == here.read_bytes()
+    assert "give --data" in refused(rig, parts, "--resample", 1)
+    assert "build it with --resample" in refused(rig, artifact, "--data", data, "--resample", 1)
+
+
 def test_a_second_time_nothing_is_sent_and_damage_is_mended(rig, artifact, data):
     facts(rig, artifact, "--data", data, "--steps", 1)
     again = facts(rig, artifact, "--data", data, "--steps", 1)

@@ -21,16 +21,13 @@ from typing import Any
 from tasks import TASKS, Task
 
 import pocktvm
-from pocktvm.autodiff.losses import parse_loss
-from pocktvm.autodiff.optimizers import parse_optimizer
+from pocktvm.build import Build
 from pocktvm.cli.progress import Progress
 from pocktvm.experiment import table
-from pocktvm.fit import Build
 from pocktvm.frontend.resolve import resolve_model
 from pocktvm.ir.scheme import Scheme
 from pocktvm.search.analysis import Settings
 from pocktvm.search.auto import search, to_toml
-from pocktvm.targets import load_target
 from pocktvm.units import parse_bytes
 
 RESAMPLE = "resample:"
@@ -51,7 +48,9 @@ def main() -> int:
     parser.add_argument("--patience", type=int, default=2, help="epochs without a lower loss")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--limit", type=int, help="training samples")
+    parser.add_argument("--tests", type=int, help="test samples")
     parser.add_argument("--minutes", type=float, default=10, help="of a search")
+    parser.add_argument("--shares", default="1,0.5,0.25,0.125", help="that a search tries")
     parser.add_argument("--out", type=Path, default=Path("build/accuracy"))
     options = parser.parse_args()
     if "auto:0" in options.schemes and not options.schemes.startswith("full"):
@@ -72,6 +71,7 @@ def main() -> int:
 def run_missing(task: Task, options: argparse.Namespace, path: Path) -> None:
     """Append a line for each scheme that has none."""
     train, test = task.load(Path(options.data), options.limit)
+    test = {name: array[: options.tests] for name, array in test.items()}
     weights = Path(options.data) / task.weights
     for scheme in options.schemes.split(","):
         if scheme in read(path):
@@ -116,16 +116,15 @@ def searched(
     if share and limit is None:
         full = read(path)["full"]
         limit = int(full["total_bytes"] - (1 - float(share)) * full["arena_bytes"])
-    build = Build(
-        source.module, source.example_inputs, Scheme.full(), parse_loss(source.loss),
-        parse_optimizer(task.optimizer), load_target("host"),
-        {"name": source.name, "scheme": source.scheme, "mean": source.mean, "scale": source.scale},
-        train,
+    build = Build.of(
+        source.module, source.example_inputs, loss=source.loss, optimizer=task.optimizer,
+        budget=limit, name=source.name, published=source.scheme, mean=source.mean,
+        scale=source.scale, samples=train,
+        analysis=options.out / f"{options.task}.analysis.jsonl",
     )  # fmt: skip
-    found = search(
-        build, limit, analysis=options.out / f"{options.task}.analysis.jsonl", progress=bar,
-        settings=Settings(minutes=options.minutes, threads=options.threads),
-    )  # fmt: skip
+    shares = tuple(float(share) for share in options.shares.split(","))
+    settings = Settings(minutes=options.minutes, threads=options.threads, shares=shares)
+    found = search(build, settings=settings, progress=bar)
     (path.with_name(f"{options.task}-{scheme.replace(':', '-')}.toml")).write_text(
         to_toml(found, "host", limit)
     )

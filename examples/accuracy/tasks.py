@@ -130,9 +130,9 @@ TASKS = {
         8, "adam", cifar(4),
     ),
     "minilm": Task(
-        "minilm:vocab=19481,positions=256,tokens=32,classes=2,head=new",
+        "minilm:vocab=19481,positions=256,tokens=24,classes=2,head=new",
         "minilm-l6-pruned/minilm_l6_vocabpruned_fp16.safetensors",
-        16, "adamw", sst2(32),
+        8, "adamw", sst2(24),
     ),
     "stories": Task(
         "stories260k:tokens=64", "stories260K/stories260K_fp32.safetensors",

@@ -17,6 +17,7 @@ import typer
 
 from pocktvm.cli import options
 from pocktvm.cli.progress import Progress
+from pocktvm.cli.run import check_resample
 from pocktvm.deploy.ssh import parse_host
 from pocktvm.errors import PockError
 from pocktvm.manifest import check_files, manifest_inputs, read_manifest
@@ -58,6 +59,9 @@ def deploy(
     lr: Rate = None,
     threads: Annotated[int | None, typer.Option(min=1, help="threads of the trainer")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="order of the samples, masks")] = None,
+    resample: Annotated[
+        int | None, typer.Option(min=1, metavar="EPOCHS", help="other channels learn this often")
+    ] = None,
     fetch: Annotated[Path | None, typer.Option(help="bring the checkpoint here")] = None,
     folder: Annotated[
         str | None,
@@ -67,7 +71,7 @@ def deploy(
     as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
 ) -> None:
     """Copy ARTIFACT to a device, test it there, switch to it, and train if asked to."""
-    given = {"steps": steps, "lr": lr, "threads": threads, "seed": seed}
+    given = {"steps": steps, "lr": lr, "threads": threads, "seed": seed, "resample": resample}
     flags = [w for k, v in given.items() if v is not None for w in (f"--{k}", str(v))]
     training = Training(data, fetch, flags)
     if rollback and training.wanted:
@@ -78,6 +82,8 @@ def deploy(
     if rollback:
         facts = _roll_back(ssh, folder, manifest)
     else:
+        if resample is not None:
+            check_resample(manifest, data)
         check_files(artifact, manifest)
         facts = _deploy(artifact, manifest, ssh, folder, training)
     if as_json:

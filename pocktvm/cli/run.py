@@ -51,7 +51,7 @@ def run(
         raise typer.BadParameter("--save-every needs --save FILE")
     manifest = read_manifest(artifact)
     if resample is not None:
-        _check_resample(manifest, data)
+        check_resample(manifest, data)
     check_files(artifact, manifest)
     emulator = emulator_of(manifest)
     _check_paths(save, resume)
@@ -84,7 +84,8 @@ def _data_flags(data: Path | None, manifest: dict[str, Any]) -> Iterator[list[st
         yield ["--data", str(path)]
 
 
-def _check_resample(manifest: dict[str, Any], data: Path | None) -> None:
+def check_resample(manifest: dict[str, Any], data: Path | None) -> None:
+    """PockError where --resample has nothing to choose, or no epochs to count."""
     if not any(t["kind"] == "selection" for t in manifest["tensors"].values()):
         raise PockError(
             "--resample: the channels that learn are fixed in this artifact; build it with "

@@ -112,6 +112,10 @@ def _facts(found: Found, target: str, budget: int | None) -> dict[str, Any]:
         "trials": len(found.table.rows), "steps": found.table.facts["steps"],
         "chosen": point(found.choice), "plan_bytes": found.planned_bytes, "scheme": found.mapping(),
         "frontier": [point(choice) for choice in found.frontier],
+        "finalists": [
+            {"recipe": name, "trained_gain": gain, **point(choice)}
+            for name, choice, gain in found.finalists
+        ],
     }  # fmt: skip
 
 
@@ -129,6 +133,7 @@ def _show(facts: dict[str, Any], out: Path | None) -> None:
             f"{mark} {point['gain']:9.4f}  {format_bytes(point['total_bytes']):>9}  "
             f"{point['step_ms']:6.1f} ms  {point['bias_depth']:>9}  {len(point['weights'])}"
         )
+    _show_finalists(facts["finalists"])
     chosen, budget = facts["chosen"], facts["budget_bytes"]
     planned = format_bytes(facts["plan_bytes"])
     print(f"\nchosen, planned with its kernels at {planned}: the classifier,")
@@ -138,3 +143,14 @@ def _show(facts: dict[str, Any], out: Path | None) -> None:
     for name, share in chosen["weights"].items():
         print(f"  {name}" + ("" if share == 1 else f"  ({share:g} of its input channels)"))
     print(f"table: {facts['analysis']}" + (f"; scheme: {out}" if out else ""))
+
+
+def _show_finalists(finalists: list[dict[str, Any]]) -> None:
+    print("\nfinalists, each trained as a whole (gain over the classifier alone)")
+    print(f"  {'gain':>9}  {'plan':>9}  biases of  weights  by")
+    for point in finalists:
+        gain = "" if point["trained_gain"] is None else f"{point['trained_gain']:.4f}"
+        print(
+            f"  {gain:>9}  {format_bytes(point['total_bytes']):>9}  {point['bias_depth']:>9}  "
+            f"{len(point['weights']):>7}  {point['recipe']}"
+        )

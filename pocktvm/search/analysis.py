@@ -7,10 +7,11 @@ the held-out loss; `fisher` and `grad-norm` read the gradients of some batches i
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from pocktvm.ir.scheme import Scheme
 from pocktvm.passes import run_passes
 from pocktvm.search.bench import Bench
 from pocktvm.search.candidates import SHARES, Candidates, Key
+from pocktvm.search.finals import trials_worth
 from pocktvm.search.planner import cost_of, count_kernels
 from pocktvm.search.table import Row, Table, digest
 from pocktvm.targets import load_target
@@ -94,17 +96,37 @@ def analyse(
         table = Table.open(path, facts, SETTLED)
         if table.rows and not table.missing(keys):
             return table
+    trials = len(keys) + trials_worth()
+    with opened(build, model, candidates, arrays, settings, path, progress) as (bench, measured):
+        measured |= _pace(bench, candidates, settings, trials)
+        table = Table.open(path, {**facts, **measured}, SETTLED)
+        if settings.method == "finetune":
+            _finetune(bench, candidates, table, keys, progress)
+        else:
+            _proxy(bench, candidates, table, keys, settings.method, progress)
+    return table
+
+
+@contextlib.contextmanager
+def opened(
+    build: Build,
+    model: Model,
+    candidates: Candidates,
+    arrays: Mapping[str, Any],
+    settings: Settings,
+    path: Path,
+    progress: Progress | None = None,
+) -> Iterator[tuple[Bench, dict[str, Any]]]:
+    """The analysis artifact with the data, ready for trials, and what was measured of it."""
     with tempfile.TemporaryDirectory(prefix="pocktvm-analysis-") as work:
         bench, measured = _open(build, model, candidates, arrays, settings, path, work, progress)
         with bench.trainer:
-            measured |= _pace(bench, candidates, settings, len(keys))
-            table = Table.open(path, {**facts, **measured}, SETTLED)
-            if settings.method == "finetune":
-                _finetune(bench, candidates, table, keys, progress)
-            else:
-                _proxy(bench, candidates, table, keys, settings.method, progress)
+            yield bench, measured
+
+
+def forget(path: Path) -> None:
+    """Remove the artifact of the analysis at `path`: the table is all that stays."""
     shutil.rmtree(_folder(path), ignore_errors=True)
-    return table
 
 
 def describe(

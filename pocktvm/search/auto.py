@@ -14,8 +14,9 @@ from pocktvm.errors import PockError
 from pocktvm.ir.model import Model
 from pocktvm.ir.scheme import Scheme
 from pocktvm.search.candidates import Candidates, find_candidates
+from pocktvm.search.finals import hold_final, judged, key_of, winner
 from pocktvm.search.planner import Planner
-from pocktvm.search.select import Choice, Limits, Selector, check_smallest
+from pocktvm.search.select import Choice, Limits, Recipe, Selector, check_smallest
 from pocktvm.search.table import Table
 from pocktvm.units import format_bytes
 
@@ -32,6 +33,7 @@ class Found:
     candidates: Candidates
     pace: float  # modelled seconds per second of the roofline
     planned_bytes: int  # of the choice, its kernels compiled
+    finalists: list[tuple[str, Choice, float | None]]  # recipe, what it gives, its measured gain
 
     def seconds(self, choice: Choice) -> float:
         """Modelled time of a step: its roofline, for this machine at the pace measured here."""
@@ -60,7 +62,14 @@ def search(
     the frontier shows what the budget buys. Raises PockError for a budget below the
     smallest plan, before anything is measured, and for data no analysis can be made of.
     """
-    from pocktvm.search.analysis import Settings, analyse, checked_samples, describe
+    from pocktvm.search.analysis import (
+        Settings,
+        analyse,
+        checked_samples,
+        describe,
+        forget,
+        opened,
+    )
 
     settings = settings or Settings()
     full = replace(build, scheme=Scheme.full())
@@ -82,28 +91,40 @@ def search(
     pace = 1.0
     if build.target.is_host:
         pace = float(table.facts["step_seconds"] / table.facts["full_work"])
-    work = None if step_seconds is None else step_seconds / pace
-    choice, planned = _fitting(selector, build.limit, work, progress)
+    limits = Limits(build.limit, None if step_seconds is None else step_seconds / pace)
+    finalists = selector.finalists(limits)
+    choices = [choice for _, choice in finalists]
+    if build.samples is not None and not judged(table, choices):
+        settings = replace(settings, method="finetune")  # trains, whatever measured contributions
+        with opened(full, model, candidates, arrays, settings, path, progress) as (bench, _):
+            hold_final(bench, candidates.head, table, choices, progress)
+    if build.samples is not None:
+        forget(path)
+    first = winner(table, choices) if judged(table, choices) else 0
+    choice, planned = _fitting(selector, *finalists[first], limits, progress)
     if explore:
         selector.explore(choice)
-    return Found(choice, selector.frontier(choice), table, candidates, pace, planned)
+    gains = {key: row.gain for key, row in table.rows.items()}
+    told = [(recipe.name, c, gains.get(key_of(c))) for recipe, c in finalists]
+    return Found(choice, selector.frontier(choice), table, candidates, pace, planned, told)
 
 
 def _fitting(
-    selector: Selector, limit: int | None, work: float | None, progress: Progress | None
+    selector: Selector, recipe: Recipe, choice: Choice, limits: Limits, progress: Progress | None
 ) -> tuple[Choice, int]:
-    """The best choice whose plan, kernels compiled, is within the limit, and that plan's bytes.
+    """The choice of a recipe whose plan, kernels compiled, is within the limit, and that plan's
+    bytes.
 
     Choices are compared by estimates; what those miss of the real plan is taken off the limit.
     """
-    missed = 0
+    missed, limit = 0, limits.total_bytes
     for _ in range(ATTEMPTS):
-        bound = None if limit is None else max(0, limit - missed)
-        choice = selector.best(Limits(bound, work))
         planned = selector.planner.plan(choice.updated, progress)
         if limit is None or planned <= limit or (choice.depth, choice.weights) == ("0", {}):
             break
         missed = max(missed + 1, planned - choice.cost.total_bytes)
+        less = replace(limits, total_bytes=max(0, limit - missed))
+        choice = selector.make(recipe, less) or selector.best(less)
     return choice, planned
 
 

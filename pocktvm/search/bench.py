@@ -6,6 +6,7 @@ the same samples in the same order, and is judged by the loss on the same held-o
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,12 +65,16 @@ class Bench:
         write_tensors(warm, tensors, metadata)
         self.start = warm
 
-    def fit(self, updated: Mapping[str, float], steps: int) -> None:
-        """Train what `updated` names from the start, for so many steps."""
+    def fit(
+        self, updated: Mapping[str, float], steps: int, *, rate: float = 1.0, decay: bool = False
+    ) -> None:
+        """Train what `updated` names from the start, for so many steps, at `rate` times the
+        bench's; with `decay` it falls to zero along half a cosine."""
         self.trainer.load(self.start)
         factors = self.rates.vector(updated)
-        for rows in self.batches(steps):
-            self.step(rows, factors, self.lr)
+        for number, rows in enumerate(self.batches(steps)):
+            falls = 0.5 * (1 + math.cos(math.pi * number / steps)) if decay else 1.0
+            self.step(rows, factors, self.lr * rate * falls)
 
     def step(self, rows: np.ndarray, factors: np.ndarray, lr: float) -> float:
         """One step on these samples."""

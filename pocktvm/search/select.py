@@ -3,7 +3,8 @@
 For each depth of bias training, which shares of which weights: an exact multiple-choice knapsack
 over the contributions (they are taken as additive, as PockEngine does) with modelled costs, whose
 capacity is then moved until the *planner's* bytes just fit. Every choice that was planned is a
-point; the frontier is what no other point beats in gain, bytes and work.
+point; the frontier is what no other point beats in gain, bytes and work. Other plausible choices
+within the same limits (`finalists`) are for finals.py, which trains each as a whole.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from pocktvm.errors import PockError
-from pocktvm.search.candidates import Candidates
+from pocktvm.ir.scheme import Scheme
+from pocktvm.search.candidates import ALL, SHARES, Candidates
+from pocktvm.search.curve import smoothed
 from pocktvm.search.planner import Cost, Planner
 from pocktvm.search.table import Table
 from pocktvm.units import format_bytes
 
+PROXIES = ("fisher", "grad-norm")  # methods whose scores carry no noise of trials
 BINS = 200  # of the knapsack's capacity
 ROUNDS = 6  # of moving it
 BETWEEN = (0.15, 0.4, 0.7)  # of the way from the smallest plan to the chosen one
@@ -40,6 +44,17 @@ class Choice:
         mine = (-self.gain, self.cost.total_bytes, self.cost.work)
         theirs = (-other.gain, other.cost.total_bytes, other.cost.work)
         return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a finalist comes about: biases to a depth, `base` weights in any case, and of the others
+    what gains most in the rest of the memory; `even`: as if all weights gained alike."""
+
+    name: str
+    depth: str
+    base: Mapping[str, float]
+    even: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +106,7 @@ class Selector:
         states = sum(s in str(planner.optimizer) for s in ("adam", "momentum", "nesterov", "lion"))
         self._states = 2 if "adam" in str(planner.optimizer) else states
         self._activations = planner.activation_bytes()
+        self._gains = self._contributions()
 
     def best(self, limits: Limits) -> Choice:
         """The choice with the largest gain within the limits; the classifier alone where nothing
@@ -128,38 +144,95 @@ class Selector:
         row = self.table.rows.get(("bias", depth, 1.0))
         return 0.0 if row is None else row.gain
 
-    def _items(self, depth: str) -> list[tuple[str, float, float]]:
+    def _contributions(self) -> dict[tuple[str, float], float]:
+        """(weight, share) -> gain. Where trials measured it, it carries noise, and what the other
+        shares of a weight gained says as much about it."""
+        rows = [r for r in self.table.rows.values() if r.kind == "weight"]
+        found = {(r.name, r.share): r.gain for r in rows if r.name in self.candidates.weights}
+        return found if self.table.facts.get("method") in PROXIES else smoothed(found, SHARES)
+
+    def _items(self, depth: str, even: bool = False) -> list[tuple[str, float, float]]:
         """(weight, share, gain) a backward pass of that depth comes by, where there is a gain."""
         return [
-            (row.name, row.share, row.gain)
-            for row in self.table.rows.values()
-            if row.kind == "weight"
-            and row.gain > 0
-            and row.name in self.candidates.weights
-            and self.candidates.reaches(depth, row.name)
+            (name, share, share**0.5 if even else gain)
+            for (name, share), gain in self._gains.items()
+            if (gain > 0 or even) and self.candidates.reaches(depth, name)
         ]
 
+    def finalists(self, limits: Limits) -> list[tuple[Recipe, Choice]]:
+        """Different choices within the limits, each with how it comes about; the one with the
+        largest sum of contributions first."""
+        best = self.best(limits)
+        found = [(Recipe("contributions", best.depth, {}), best)]
+        spread = [Recipe("contributions", depth, {}) for depth in self._spread()]
+        for recipe in [*self._published(limits), *spread]:
+            choice = self.make(recipe, limits)
+            if choice is not None and all(choice.updated != c.updated for _, c in found):
+                found.append((recipe, choice))
+        return found
+
+    def make(self, recipe: Recipe, limits: Limits) -> Choice | None:
+        """The choice of a recipe; None where its base exceeds the limits."""
+        items = [i for i in self._items(recipe.depth, recipe.even) if i[0] not in recipe.base]
+        return self._grown(recipe.depth, recipe.base, items, limits)
+
+    def _spread(self) -> list[str]:
+        """Depths apart from each other: a quarter of the blocks, half of them, and so on."""
+        blocks = len(self.candidates.model.blocks)
+        depths = [*(str(round(blocks * part)) for part in (0.25, 0.5, 0.75)), ALL]
+        return [d for d in dict.fromkeys(depths) if d in self.candidates.depths]
+
+    def _published(self, limits: Limits) -> list[Recipe]:
+        """The published scheme, its weights at the largest share that fits, and more where there
+        is room; and its depth with any weights, evenly."""
+        learns = Scheme.pockengine().resolve(self.candidates.model)
+        measured = {name for name, _ in self._gains}
+        weights = {n: float(p) for n, p in learns.items() if n in measured}
+        biases = set(learns) - set(self.candidates.weights)
+        depths = [d for d in self.candidates.depths if biases <= set(self.candidates.biases(d))]
+        if not depths:
+            return []
+        even = Recipe("even", depths[0], {}, even=True)
+        for share in SHARES:
+            base = {n: max(min(SHARES), share * p) for n, p in weights.items()}
+            if limits.hold(self._plan(depths[0], base).cost):
+                return [Recipe("published", depths[0], base), even]
+        return [even]
+
     def _at_depth(self, depth: str, limits: Limits) -> Choice | None:
-        """The best choice of weights at a depth: capacity by bisection on the planner's answer."""
+        """The best choice of weights at a depth; its biases alone where no weights can make it
+        better than a choice that is known."""
         known = max((p.gain for p in self.points if limits.hold(p.cost)), default=-np.inf)
         items = self._items(depth)
-        bare = self._plan(depth, {})
-        if not limits.hold(bare.cost):
+        best: dict[str, float] = {}
+        for name, _, gain in items:
+            best[name] = max(gain, best.get(name, 0.0))
+        reachable = self._bias_gain(depth) + sum(best.values()) > known
+        return self._grown(depth, {}, items if reachable else [], limits)
+
+    def _grown(
+        self,
+        depth: str,
+        base: Mapping[str, float],
+        items: list[tuple[str, float, float]],
+        limits: Limits,
+    ) -> Choice | None:
+        """The base and the best of the items: capacity by bisection on the planner's answer."""
+        best = self._plan(depth, base)
+        if not limits.hold(best.cost):
             return None
+        if not items:
+            return best
         costs = [self._modelled(name, share) for name, share, _ in items]
-        everything = self._chosen(items, costs, sum(costs))
-        bound = bare.gain + sum(max(g for n, _, g in items if n == w) for w in everything)
-        if bound <= known:
-            return bare
-        best, low, high = bare, 0.0, float(sum(costs))
-        whole = self._plan(depth, everything)
+        low, high = 0.0, float(sum(costs))
+        whole = self._plan(depth, {**base, **self._chosen(items, costs, high)})
         if limits.hold(whole.cost):
             return whole
         for _ in range(ROUNDS):
             middle = (low + high) / 2
-            choice = self._plan(depth, self._chosen(items, costs, middle))
+            choice = self._plan(depth, {**base, **self._chosen(items, costs, middle)})
             if limits.hold(choice.cost):
-                low, best = middle, max(best, choice, key=lambda c: c.gain)
+                low, best = middle, choice
             else:
                 high = middle
         return best
@@ -201,7 +274,7 @@ class Selector:
     def _plan(self, depth: str, weights: Mapping[str, float]) -> Choice:
         updated = dict(self.candidates.biases(depth))
         updated |= {name: self.candidates.part(name, share) for name, share in weights.items()}
-        gains = [self.table.rows[("weight", *item)].gain for item in weights.items()]
+        gains = [self._gains.get(item, 0.0) for item in weights.items()]
         gain = math.fsum([self._bias_gain(depth), *gains])  # the same in any order
         if self.progress:
             self.progress("plan schemes", f"{self.planner.planned + 1}")
