@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pocktvm.errors import PockError
+from pocktvm.files import replacing_folder
 from pocktvm.ir.artifact import Identity, SelfTest
 from pocktvm.ir.kernels import Kernels
 from pocktvm.ir.memory import MemoryPlan
@@ -66,12 +66,7 @@ class Artifact:
     def save(self, folder: str | Path) -> Path:
         """Copy the artifact to a folder, which must not hold something else."""
         folder = Path(folder)
-        if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
-            raise PockError(f"'{folder}' exists and is not an artifact; choose another folder.")
-        try:
-            if folder.resolve() != self.path.resolve():
-                shutil.rmtree(folder, ignore_errors=True)
-                shutil.copytree(self.path, folder)
-        except OSError as error:
-            raise PockError(f"cannot write the artifact to '{folder}': {error.strerror}.") from None
+        if folder.resolve() != self.path.resolve():
+            with replacing_folder(folder) as fresh:
+                shutil.copytree(self.path, fresh, dirs_exist_ok=True)
         return folder

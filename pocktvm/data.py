@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def read_data(path: str | Path) -> dict[str, np.ndarray]:
         if path.is_dir():
             arrays = {p.stem: np.load(p, mmap_mode="r") for p in sorted(path.glob("*.npy"))}
         elif path.suffix == ".npz":
+            if not zipfile.is_zipfile(path):
+                raise ValueError("it is no archive as numpy.savez writes it, or it is truncated")
             with np.load(path) as archive:
                 arrays = {name: archive[name] for name in archive.files}
         elif path.suffix == ".safetensors":

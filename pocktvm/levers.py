@@ -12,13 +12,13 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pocktvm.files import write_whole
 from pocktvm.ir.graph import Graph
 from pocktvm.ir.kernels import Kernels
 from pocktvm.ir.memory import MemoryPlan
@@ -218,6 +218,4 @@ def _step_ms(folder: Path, steps: int) -> float:
 
 def _tell(folder: Path, facts: Mapping[str, Any]) -> None:
     manifest = {**read_manifest(folder), "trade": dict(facts)}
-    part = folder / f"{MANIFEST}.part"
-    part.write_text(json.dumps(manifest, indent=1) + "\n")
-    os.replace(part, folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n", "the manifest")

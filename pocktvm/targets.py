@@ -45,7 +45,11 @@ def load_target(name_or_path: str | Path) -> Target:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise PockError(f"cannot read the target file {path}: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise PockError(
+            f"cannot read the target file {path}: {why}.\n"
+            "  `pocktvm targets` lists those there are."
+        ) from error
     except tomllib.TOMLDecodeError as error:
         raise PockError(f"{path} is no TOML: {error}") from error
     return read_target(raw, name=path.stem, where=str(path))

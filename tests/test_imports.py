@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "memory": {"errors", "ir", "memory", "units"},
     "autodiff": {"errors", "ir", "autodiff", "tvm_api", "reference"},
     "frontend": {"errors", "ir", "frontend", "tvm_api", "models"},
-    "schedule": {"errors", "ir", "schedule", "tvm_api", "reference"},
+    "schedule": {"errors", "files", "ir", "schedule", "tvm_api", "reference"},
     "models": {"errors", "models"},
     "targets": {"errors", "ir", "host", "units"},
     "runtime": {"errors", "ir", "runtime", "manifest", "units"},

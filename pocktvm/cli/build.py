@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ from pocktvm.cli.fingerprint import fingerprint, is_current
 from pocktvm.cli.progress import Progress
 from pocktvm.cli.show import show
 from pocktvm.errors import PockError
+from pocktvm.files import check_folder, write_whole
 from pocktvm.manifest import MANIFEST, STAMP, read_manifest, sha256, summary
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def build(
     key = fingerprint({**wanted, "target": device}, files)
     current = not force and is_current(folder, key)
     if not current:
+        check_folder(folder)
         started = time.monotonic()
         _compile(wanted, device, weights, data, folder)
         _stamp(folder, key, round(time.monotonic() - started, 2))
@@ -162,7 +163,5 @@ def _compile(
 
 def _stamp(folder: Path, key: str, seconds: float) -> None:
     """Written last: a folder without it is built again."""
-    part = folder / f"{STAMP}.part"
     stamp = {"key": key, "manifest": sha256(folder / MANIFEST), "seconds": seconds}
-    part.write_text(json.dumps(stamp) + "\n")
-    os.replace(part, folder / STAMP)
+    write_whole(folder / STAMP, json.dumps(stamp) + "\n", "the build's stamp")

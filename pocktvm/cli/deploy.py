@@ -19,7 +19,7 @@ from pocktvm.cli import options
 from pocktvm.cli.progress import Progress
 from pocktvm.cli.run import check_resample
 from pocktvm.deploy.ssh import parse_host
-from pocktvm.errors import PockError
+from pocktvm.files import check_file
 from pocktvm.manifest import check_files, manifest_inputs, read_manifest
 from pocktvm.units import format_bytes
 
@@ -70,7 +70,7 @@ def deploy(
     rollback: Annotated[bool, typer.Option(help="back to the version before")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
 ) -> None:
-    """Copy ARTIFACT to a device, test it there, switch to it, and train if asked to."""
+    """Put ARTIFACT on a device, test it there; train if asked to."""
     given = {"steps": steps, "lr": lr, "threads": threads, "seed": seed, "resample": resample}
     flags = [w for k, v in given.items() if v is not None for w in (f"--{k}", str(v))]
     training = Training(data, fetch, flags)
@@ -100,7 +100,8 @@ def _deploy(
     from pocktvm.deploy.install import default_folder, install, pack, upload_bytes
     from pocktvm.deploy.probe import check_fits, probe
 
-    _check_fetch(training.fetch)
+    if training.fetch is not None:
+        check_file(training.fetch, "the checkpoint")
     with _device_data(training.data, manifest) as data, Progress() as bar:
         package = pack(artifact, manifest, data)
         bar("probe", host)
@@ -162,15 +163,6 @@ def _device_data(data: Path | None, manifest: dict[str, Any]) -> Iterator[Path |
 
     with device_file(data, manifest_inputs(manifest)) as path:
         yield path
-
-
-def _check_fetch(fetch: Path | None) -> None:
-    if fetch is None:
-        return
-    if not fetch.absolute().parent.is_dir():
-        raise PockError(f"no folder {fetch.absolute().parent} to put {fetch.name} in: create it")
-    if fetch.is_dir():
-        raise PockError(f"{fetch} is a folder; --fetch names the checkpoint's file")
 
 
 def _print(facts: dict[str, Any]) -> None:

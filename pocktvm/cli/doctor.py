@@ -35,7 +35,10 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
 ) -> None:
-    """Check Python, the pinned packages, the linker, ssh, emulators, disk space; a device."""
+    """Check that this machine, or a device, has what it takes.
+
+    Python, the pinned packages, the linker, ssh, emulators, compilers, disk space.
+    """
     checks = [*_packages(), _linker(), _space(), _ssh(ssh is not None), *_devices(), *_gpu()]
     if ssh is not None and shutil.which("ssh"):
         checks += remote_checks(ssh)

@@ -23,7 +23,10 @@ def evaluate(
     threads: Annotated[int | None, typer.Option(min=1, help="threads of the trainer")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
 ) -> None:
-    """Loss and accuracy over every sample; a partial last batch is padded and not counted."""
+    """Loss and accuracy of ARTIFACT over every sample.
+
+    A partial last batch is padded and the padding not counted.
+    """
     from pocktvm.data import check_data, read_data
 
     manifest = read_manifest(artifact)

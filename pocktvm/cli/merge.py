@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pocktvm.errors import PockError
+from pocktvm.files import check_file, replacing_file
 from pocktvm.manifest import check_files, emulator_of, read_manifest
 
 
@@ -19,7 +20,10 @@ def merge(
     apart: Annotated[bool, typer.Option(help="LoRA's matrices alone, not merged")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
 ) -> None:
-    """Write every weight, trained or frozen, adapters merged, for torch's load_state_dict."""
+    """Write every weight into one file, LoRA's adapters merged.
+
+    Names and shapes are torch's: what load_state_dict takes, trained or frozen.
+    """
     from pocktvm.runtime.tensor_file import write_tensors
     from pocktvm.runtime.trainer import load
 
@@ -30,14 +34,12 @@ def merge(
         raise PockError(f"no checkpoint at {resume}: --resume takes what --save wrote")
     if apart and not manifest.get("adapters"):
         raise PockError(f"{artifact} has no adapters: build it with --scheme lora:N:r=8")
-    if not out.parent.is_dir():
-        raise PockError(f"no folder {out.parent} to write {out.name} to")
+    check_file(out, "the weights")
     with load(artifact, threads=1) as trainer:
         if resume is not None:
             trainer.load(resume)
         tensors = trainer.adapters() if apart else trainer.state_dict()
-    part = out.with_name(out.name + ".part")
-    write_tensors(part, tensors)
-    part.replace(out)
+    with replacing_file(out, "the weights") as part:
+        write_tensors(part, tensors)
     facts = {"file": str(out), "tensors": len(tensors), "bytes": out.stat().st_size}
     print(json.dumps(facts) if as_json else f"{out}: {len(tensors)} tensors")

@@ -19,6 +19,7 @@ import typer
 from pocktvm.cli import options
 from pocktvm.cli.progress import Progress
 from pocktvm.errors import InternalError, PockError
+from pocktvm.files import check_file
 from pocktvm.manifest import check_files, emulator_of, manifest_inputs, read_manifest
 
 Rate = Annotated[
@@ -46,7 +47,10 @@ def run(
     seed: Annotated[int | None, typer.Option(min=0, help="order of the samples, masks")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
 ) -> None:
-    """Train ARTIFACT; without --data one generated batch is repeated and its loss falls."""
+    """Train ARTIFACT on your data, or on one made-up batch.
+
+    The made-up batch is the same on every device; repeated, its loss falls.
+    """
     if save_every is not None and save is None:
         raise typer.BadParameter("--save-every needs --save FILE")
     manifest = read_manifest(artifact)
@@ -99,8 +103,8 @@ def _check_paths(save: Path | None, resume: Path | None) -> None:
     """Refuse before any step what would fail at the first save."""
     if resume is not None and not resume.is_file():
         raise PockError(f"no checkpoint at {resume}: --resume takes what --save wrote")
-    if save is not None and not save.absolute().parent.is_dir():
-        raise PockError(f"no folder {save.absolute().parent} to save {save.name} in: create it")
+    if save is not None:
+        check_file(save, "the checkpoint")
 
 
 def _start(command: list[str], *, as_json: bool, emulated: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 
 from pocktvm.cli import options
 from pocktvm.cli.progress import Progress
-from pocktvm.errors import PockError
+from pocktvm.files import check_file, write_whole
 from pocktvm.units import format_bytes
 
 if TYPE_CHECKING:
@@ -49,9 +48,10 @@ def scheme(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="scheme.toml to write")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
 ) -> None:
-    """Measure what each tensor contributes on your data, and choose what fits the budget.
+    """Measure what tensors contribute, choose what fits a budget.
 
-    A run that was stopped goes on where it was; other budgets reuse the table.
+    It trains on your data, on this machine. A run that was stopped goes on where it was; other
+    budgets reuse the table.
     """
     if method not in METHODS:
         raise typer.BadParameter(f"--method is one of {', '.join(METHODS)}, not '{method}'")
@@ -59,8 +59,9 @@ def scheme(
     from pocktvm.targets import load_target
 
     device, arrays = load_target(target), read_data(data)
-    if out is not None and not out.absolute().parent.is_dir():
-        raise PockError(f"no folder {out.parent} to write {out.name} to")
+    for path, what in ((out, "the scheme"), (analysis, "the analysis")):
+        if path is not None:
+            check_file(path, what)
     with Progress() as bar:
         bar("load the compiler")
         from pocktvm.autodiff.optimizers import parse_optimizer
@@ -93,9 +94,7 @@ def _write(found: Found, target: str, budget: int | None, out: Path | None) -> N
         return
     from pocktvm.search.auto import to_toml
 
-    part = out.with_name(out.name + ".part")
-    part.write_text(to_toml(found, target, budget), encoding="utf-8")
-    os.replace(part, out)
+    write_whole(out, to_toml(found, target, budget), "the scheme")
 
 
 def _facts(found: Found, target: str, budget: int | None) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def tune(
     threads: Annotated[int | None, typer.Option(min=1, help="threads of the local runner")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
 ) -> None:
-    """Tune MODEL's kernels for a target; a later build uses what is found.
+    """Search faster kernels for MODEL; later builds use them.
 
     Kernels with a record are skipped, so a run that was stopped goes on where it was.
     """
@@ -44,9 +44,11 @@ def tune(
         bar("import the model")
         from pocktvm.build import Build
         from pocktvm.frontend.resolve import resolve_model
+        from pocktvm.tuning.records import Records
         from pocktvm.tuning.tune import tunable_kernels
         from pocktvm.tuning.tune import tune as tune_kernels
 
+        Records(device).check_writable()
         source = resolve_model(model, batch=batch, weights=weights)
         build = Build.of(
             source.module, source.example_inputs, target=device, scheme=scheme,

@@ -10,8 +10,9 @@ from pathlib import Path
 from pocktvm.codegen import cuda, link
 from pocktvm.codegen.blob import Blob, assembly
 from pocktvm.codegen.mach_o import hide_symbols
-from pocktvm.codegen.package import initial_state, replacing, write_manifest
+from pocktvm.codegen.package import initial_state, write_manifest
 from pocktvm.codegen.step import generate_tables, image_symbol
+from pocktvm.files import replacing_folder
 from pocktvm.ir.artifact import Identity, SelfTest
 from pocktvm.ir.kernels import Kernels
 from pocktvm.ir.memory import MemoryPlan
@@ -36,7 +37,7 @@ def emit_artifact(
     PockError: the place cannot be written, the disk is full, the linker is missing.
     """
     kernels.check()
-    with replacing(Path(out)) as folder:
+    with replacing_folder(Path(out)) as folder:
         with tempfile.TemporaryDirectory(prefix="pocktvm-link-", dir=folder.parent) as work:
             _build(kernels, plan, identity, selftest, target, Path(work), folder)
         write_tensors(folder / "weights.safetensors", initial_state(kernels, identity))

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from pocktvm.codegen.link import cache_folder
 from pocktvm.errors import InternalError, PockError
+from pocktvm.files import cache_dir
 from pocktvm.ir.kernels import Kernels
 from pocktvm.ir.target import Toolchain
 
@@ -96,7 +96,7 @@ def lacks_compiler() -> str:
 
 def _cached(source: str, arch: str) -> bytes:
     key = hashlib.sha256(f"{_version()}\n{arch}\n{source}".encode()).hexdigest()
-    path = cache_folder().parent / "cuda" / key
+    path = cache_dir() / "cuda" / key
     try:
         return path.read_bytes()
     except OSError:

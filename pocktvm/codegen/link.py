@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pocktvm.errors import InternalError, PockError
+from pocktvm.files import cache_dir
 from pocktvm.ir.target import Toolchain
 
 C_FOLDER = Path(__file__).parent.parent / "runtime" / "c"
@@ -27,6 +29,7 @@ RUNNER = ("main", "train", "source", "generate", "selftest", "serve", "library",
 TIMER = ("threads", "affinity", "kernel_abi", "process")
 LOADER = ("elf_loader", "elf_imports")
 _NEARLY_FULL_BYTES = 30_000_000
+_NO_SPACE = re.compile("NoSpaceLeft|No space left")
 _FLAGS = (
     "-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-g0",
     "-fno-sanitize=all", "-D_FILE_OFFSET_BITS=64", "-Wall", "-Wextra",
@@ -42,14 +45,19 @@ def is_mach_o(toolchain: Toolchain) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where objects that do not depend on the model are kept ($POCKTVM_CACHE)."""
-    folder = Path(os.environ.get("POCKTVM_CACHE") or Path.home() / ".cache" / "pocktvm") / "runtime"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that cannot be written, as in some containers
-        folder = Path(tempfile.gettempdir()) / f"pocktvm-{os.getuid()}" / "runtime"
-        folder.mkdir(parents=True, exist_ok=True)
+    """Where objects that do not depend on the model are kept."""
+    folder = cache_dir() / "runtime"
+    folder.mkdir(exist_ok=True)
     return folder
+
+
+def _zig_cache() -> Path:
+    """Where zig keeps the libcs it built: its own folder, or ours where that cannot be written."""
+    if own := os.environ.get("ZIG_GLOBAL_CACHE_DIR"):
+        return Path(own)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zig"
+    above = next(p for p in (folder, *folder.parents) if p.exists())
+    return folder if os.access(above, os.W_OK) else cache_dir() / "zig"
 
 
 def zig(arguments: Sequence[str | Path], what: str) -> None:
@@ -57,7 +65,10 @@ def zig(arguments: Sequence[str | Path], what: str) -> None:
     command = [sys.executable, "-m", "ziglang", "cc", *map(str, arguments)]
     with tempfile.TemporaryDirectory(prefix="pocktvm-zig-") as local:
         # zig would keep a copy of every object of every model in its cache
-        environment = {**os.environ, "ZIG_LOCAL_CACHE_DIR": local}
+        environment = {
+            **os.environ, "ZIG_LOCAL_CACHE_DIR": local, "ZIG_GLOBAL_CACHE_DIR": str(_zig_cache()),
+            "TMPDIR": tempfile.gettempdir(),  # $TMPDIR may be full or read-only, this one is not
+        }  # fmt: skip
         # restore_signals=False: a file size limit is then an error that zig can report
         done = subprocess.run(
             command, capture_output=True, text=True, env=environment, restore_signals=False
@@ -70,7 +81,7 @@ def zig(arguments: Sequence[str | Path], what: str) -> None:
     temporary = Path(tempfile.gettempdir())
     for folder in (temporary, cache_folder(), *_folders_of(arguments), Path.home()):
         free = shutil.disk_usage(folder).free if folder.is_dir() else _NEARLY_FULL_BYTES
-        if free < _NEARLY_FULL_BYTES or "NoSpaceLeft" in done.stderr:
+        if free < _NEARLY_FULL_BYTES or _NO_SPACE.search(done.stderr):
             raise PockError(
                 f"the disk is full: {free / 1e6:.1f} MB are free on {_disk(folder)}, and {what} "
                 "could not be made.\n  Free some space and build again."

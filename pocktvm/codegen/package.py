@@ -1,96 +1,22 @@
-"""The artifact folder: written beside its place, then renamed into it; never half-written."""
+"""What lies in the artifact folder beside the library: initial weights and the manifest."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pocktvm.codegen.step import fingerprint, label_names, torch_array
-from pocktvm.errors import PockError
 from pocktvm.ir.artifact import Identity
 from pocktvm.ir.graph import Param
 from pocktvm.ir.kernels import Kernels
 from pocktvm.ir.memory import MemoryPlan
 from pocktvm.ir.target import Target
-
-MANIFEST = "manifest.json"
-
-
-@contextlib.contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """A fresh folder that takes the place of `out` when the block succeeds.
-
-    Files of the user's own in an artifact folder (checkpoints) move to the new one. PockError: the
-    place holds something else, cannot be written, or the disk is full.
-    """
-    out = out.absolute()
-    _check_place(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise PockError(f"cannot write the artifact to {out}: {error.strerror}") from error
-    try:
-        fresh.chmod(0o755)
-        yield fresh
-        _keep_foreign(out, fresh)
-        _swap(fresh, out)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        why = "the disk is full" if full else (error.strerror or str(error))
-        raise PockError(
-            f"cannot write the artifact to {out}: {why}; nothing was changed there.\n"
-            "  Free some space, or name another folder with -o."
-        ) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _check_place(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise PockError(f"{out} is a file; -o names the artifact's folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise PockError(f"{out} holds other files; name an empty or a new folder with -o")
-
-
-def _keep_foreign(out: Path, fresh: Path) -> None:
-    """Link what an older build did not write; the old folder stays whole until the swap."""
-    if not out.is_dir():
-        return
-    try:
-        ours = set(json.loads((out / MANIFEST).read_text())["files"]) | {MANIFEST}
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = {MANIFEST}
-    for path in out.iterdir():
-        if path.name in ours or (fresh / path.name).exists() or not path.is_file():
-            continue
-        try:
-            os.link(path, fresh / path.name)
-        except OSError:
-            shutil.copy2(path, fresh / path.name)
-
-
-def _swap(fresh: Path, out: Path) -> None:
-    old = fresh.with_name(fresh.name + ".old")
-    if out.exists():
-        out.rename(old)
-    try:
-        fresh.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+from pocktvm.manifest import MANIFEST
 
 
 def initial_state(kernels: Kernels, identity: Identity) -> dict[str, np.ndarray]:

@@ -103,9 +103,12 @@ def check_interface(program: ExportedProgram) -> None:
             continue  # a Python number: part of the program by now
         allowed = (torch.float32, torch.int32, torch.int64)
         if value.dtype not in allowed:
+            fix = "Convert it inside forward (mask.bool(), x.double()) and pass an int or float."
+            if value.dtype in (torch.float16, torch.bfloat16):
+                fix = "Give the model and its inputs as float32: module.float(), x.float()."
             raise PockError(
                 f"input '{node.name}' is {_plain(value.dtype)}; a step reads float32 or integers. "
-                "Convert it inside forward (mask.bool(), x.double()) and pass an int or float."
+                + fix
             )
     outputs = _outputs(program)
     if len(outputs) != 1 or not isinstance(outputs[0], torch.Tensor):

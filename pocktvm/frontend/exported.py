@@ -7,8 +7,10 @@ and no parameter (positions, masks, rotary tables) is computed here, by torch, w
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +57,18 @@ def layer_of(node: fx.Node) -> str:
     return paths[-1] if paths else ""
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch logs the traceback of what it raises, too: the reason is told once."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def export(
     module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]
 ) -> tuple[ExportedProgram, list[float]]:
@@ -63,7 +77,7 @@ def export(
     Beside the program: the rates of functional dropouts, which decomposition leaves out.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
             with torch.no_grad():
                 program = torch.export.export(module, args, dict(kwargs))

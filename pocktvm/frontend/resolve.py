@@ -186,4 +186,6 @@ def _where(error: BaseException, path: Path) -> str:
 def _describe(result: Any) -> str:
     if isinstance(result, tuple):
         return f"a tuple of {', '.join(type(r).__name__ for r in result) or 'nothing'}"
-    return "nothing" if result is None else f"a {type(result).__name__}"
+    name = type(result).__name__
+    article = "an" if name[0].lower() in "aeiou" else "a"
+    return "nothing" if result is None else f"{article} {name}"

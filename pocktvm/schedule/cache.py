@@ -14,14 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pocktvm.files import cache_dir
+
 CACHE_VERSION = 1
-
-
-def cache_dir() -> Path:
-    """$POCKTVM_CACHE, else ~/.cache/pocktvm (XDG_CACHE_HOME respected)."""
-    if path := os.environ.get("POCKTVM_CACHE"):
-        return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pocktvm"
 
 
 @cache

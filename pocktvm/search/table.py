@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pocktvm.errors import PockError
+from pocktvm.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Table:
         if not path.is_file() or b"\n" not in path.read_bytes():
             path.parent.mkdir(parents=True, exist_ok=True)
             head = json.dumps({"pocktvm": "analysis", **facts}) + "\n"
-            _write_whole(path, head)
+            write_whole(path, head, "the analysis")
             return cls(path, facts, [])
         table = cls.read(path)
         wrong = [k for k, v in facts.items() if k not in settled and table.facts.get(k) != v]
@@ -97,12 +98,6 @@ class Table:
     def missing(self, keys: list[tuple[str, str, float]]) -> list[tuple[str, str, float]]:
         """Candidates not measured yet."""
         return [key for key in keys if key not in self.rows]
-
-
-def _write_whole(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def digest(arrays: Mapping[str, Any]) -> str:

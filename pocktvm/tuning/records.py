@@ -83,10 +83,22 @@ class Records:
                 file.write(text)
             os.replace(name, self.folder / f"{rule.name}.json")
         except OSError as error:
-            raise PockError(
-                f"cannot write tuning records to {self.folder}: {error.strerror}.\n"
-                "  Set POCKTVM_TUNING_LOGS to a folder you can write."
-            ) from None
+            raise self._refused(error) from None
+
+    def check_writable(self) -> None:
+        """PockError where no record could be kept."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                return
+        except OSError as error:
+            raise self._refused(error) from None
+
+    def _refused(self, error: OSError) -> PockError:
+        return PockError(
+            f"cannot write tuning records to {self.folder}: {error.strerror}.\n"
+            "  Set POCKTVM_TUNING_LOGS to a folder you can write."
+        )
 
     def _of(self, rule: str) -> dict[str, Record]:
         if rule not in self._rules:

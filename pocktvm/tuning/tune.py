@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pocktvm.files import cache_dir
 from pocktvm.identity import versions
 from pocktvm.ir.graph import Graph
 from pocktvm.ir.target import Target
-from pocktvm.schedule.cache import cache_dir
 from pocktvm.schedule.compile_kernel import Compiled, KernelCompiler
 from pocktvm.schedule.program import ProgramBuilder
 from pocktvm.schedule.rule import Rule, Task, defaults

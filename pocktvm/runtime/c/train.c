@@ -200,8 +200,9 @@ static void print_summary(const session *s) {
     return;
   }
   double ms = median(s->step_ms, n);
-  printf("%lld steps, loss %.4f -> %.4f, %.2f ms a step, %d threads\n", (long long)n,
-         (double)s->losses[0], (double)s->losses[n - 1], ms, (int)s->api->plan(s->model)->threads);
+  printf("%lld steps, loss %.4f -> %.4f, %.*f ms a step, %d threads\n", (long long)n,
+         (double)s->losses[0], (double)s->losses[n - 1], ms < 1 ? 4 : 2, ms,
+         (int)s->api->plan(s->model)->threads);
 }
 
 static void catch_signals(void) {
