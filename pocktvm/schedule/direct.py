@@ -25,6 +25,7 @@ from pocktvm.schedule import emit
 from pocktvm.schedule.dot import Dot, best_unroll, max_rows, tile_cycles, written
 from pocktvm.schedule.emit import Context
 from pocktvm.schedule.expression import Position, finish
+from pocktvm.schedule.prefetch import prefetch_epilogue
 from pocktvm.schedule.spatial import outer
 from pocktvm.schedule.window import Axis, Run, tiles
 from pocktvm.tvm_api import T, tirx
@@ -215,6 +216,7 @@ class _Row:
         _, h, w, c = conv.source_shape
         width = vectors[-1][0] + vectors[-1][1]
         keys = [(b, r) for b in range(self.tile.images) for r in range(run.width)]
+        self.prefetch(rows, columns, keys, x, width)
         acc = emit.local(len(keys) * width)
         for i in range(len(keys)):
             for start, lanes in vectors:
@@ -263,17 +265,30 @@ class _Row:
                     sums(border)
         self.finish(rows, columns, keys, x, acc, vectors)
 
+    def prefetch(
+        self, rows: Axis, columns: Axis, keys: Sequence[tuple[int, int]], x: Expr, width: int
+    ) -> None:
+        """Ask for what a tile's epilogue will touch."""
+        column = self.group * self.conv.width + self.panel * self.tile.nr
+        for b, r in keys:
+            pixel = self.pixel(rows, columns, b, x + r)
+            at = Position(self.conv.result_shape, pixel, column, width)
+            prefetch_epilogue(self.ctx, self.conv.result, at)
+
+    def pixel(self, rows: Axis, columns: Axis, image: int, x: Expr) -> Expr:
+        """Which pixel of all images a tile's column is."""
+        _, oh, ow, _ = self.conv.result_shape
+        return ((self.n + image) * oh + rows.position(self.q)) * ow + columns.position(x)
+
     def finish(
         self, rows: Axis, columns: Axis, keys: Sequence[tuple[int, int]], x: Expr, acc: Any,
         vectors: Sequence[tuple[int, int]],
     ) -> None:  # fmt: skip
         """Epilogue and stores of a tile."""
-        _, oh, ow, _ = self.conv.result_shape
         width = vectors[-1][0] + vectors[-1][1]
         c0 = T.bind(self.group * self.conv.width + self.panel * self.tile.nr)
         for i, (b, r) in enumerate(keys):
-            row = ((self.n + b) * oh + rows.position(self.q)) * ow + columns.position(x + r)
-            row = T.bind(row)
+            row = T.bind(self.pixel(rows, columns, b, x + r))
             for start, lanes in vectors:
                 value = emit.load(acc, i * width + start, lanes)
                 at = Position(self.conv.result_shape, row, c0 + start, lanes)

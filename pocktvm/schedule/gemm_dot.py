@@ -60,7 +60,7 @@ def emit_dot(task: Task, gemm: Gemm, pairs: tuple[tuple[int, int], ...]) -> Emit
         if copied:
             source, b = b, ctx.workspaces[0]
             target = Matrix(b, zero(), gemm.k)
-            copy_transposed(Matrix(source, zero(), gemm.n), target, gemm.k, gemm.n)
+            copy_transposed(Matrix(source, zero(), gemm.n), target, gemm.k, gemm.n, ctx.lanes)
         extents = (gemm.batch, ceil_div(gemm.n, columns), ceil_div(gemm.m, rows))
         if gemm.m > gemm.n:
             extents = (extents[0], extents[2], extents[1])

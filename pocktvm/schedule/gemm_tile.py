@@ -26,6 +26,7 @@ from pocktvm.schedule.emit import (
 from pocktvm.schedule.expression import Position, finish
 from pocktvm.schedule.gemm import Gemm
 from pocktvm.schedule.loops import balanced, ceil_div
+from pocktvm.schedule.prefetch import Ahead, prefetch_epilogue
 from pocktvm.tvm_api import T, tirx
 
 Expr = Any
@@ -83,12 +84,15 @@ class Tile:
         return acc
 
     def multiply(
-        self, acc: Any, row: Expr, rows: int, width: int, k0: Expr, extent: int, read_b: ReadB
-    ) -> None:
+        self, acc: Any, row: Expr, rows: int, width: int, k0: Expr, extent: int, read_b: ReadB,
+        ahead: Ahead | None = None,
+    ) -> None:  # fmt: skip
         """acc += A[row : row + rows, k0 : k0 + extent] B[that k, the panel]; read_b counts k from
-        k0."""
+        k0. `ahead`: what to ask memory for meanwhile."""
         pieces = vectors(width, self.ctx.lanes)
         for k, unroll in self._steps(row, rows, extent):
+            if ahead is not None and unroll == UNROLL:
+                ahead.emit(row, k)
             broadcasts = self._broadcasts(row, rows, k0 + k, unroll)
             for u in range(unroll):
                 columns = [(c, w, T.bind(read_b(k + u, c, w))) for c, w in pieces]
@@ -153,6 +157,11 @@ class Tile:
         if self.gemm.batch > 1:
             row = self.batch * self.gemm.m + row
         return Position(shape, row, column, width)
+
+    def prefetch(self, row: Expr, rows: int, column: Expr, width: int) -> None:
+        """Ask for what the epilogue of a tile will touch."""
+        for r in range(rows):
+            prefetch_epilogue(self.ctx, self.gemm.c, self.position(row + r, column, width))
 
     def finish(self, acc: Any, row: Expr, rows: int, column: Expr, width: int) -> None:
         """The epilogue on registers: unrolled when light, else a loop over rows of a copy."""

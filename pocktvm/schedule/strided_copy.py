@@ -72,7 +72,7 @@ def copy_box(box: Box, source: Any, target: Any, dtype: str, isa: Isa) -> None:
     lanes = move_lanes(dtype, isa)
     inner = transposed_axis(box) if dtype in WIDE and isa.lanes > 1 else None
     if inner is not None:
-        _transposed(box, inner, source, target, parallel)
+        _transposed(box, inner, source, target, parallel, isa.lanes)
         return
     extent, step, goal_step = box.extents[-1], box.source[-1], box.target[-1]
     dense = goal_step == 1 and step in (0, 1)
@@ -102,7 +102,9 @@ def transposed_axis(box: Box) -> int | None:
     return found[0] if found else None
 
 
-def _transposed(box: Box, inner: int, source: Any, target: Any, parallel: bool) -> None:
+def _transposed(
+    box: Box, inner: int, source: Any, target: Any, parallel: bool, lanes: int
+) -> None:
     """Rows of the source run along `inner`, rows of the target along the last axis."""
     last = len(box.extents) - 1
     lead = [i for i in range(last) if i != inner]
@@ -117,6 +119,7 @@ def _transposed(box: Box, inner: int, source: Any, target: Any, parallel: bool) 
                 Matrix(target, goal + row, box.target[inner]),
                 count,
                 box.extents[inner],
+                lanes,
             )
 
 

@@ -66,7 +66,7 @@ class WeightTransform:
             at = (tap * self.shape[2] + column) * self.shape[3] + row
             source = Matrix(self.ctx.buffers[self.source], T.bind(at), self.shape[3])
             target = Matrix(copy, T.bind(tap * (rows * width)), width)
-            copy_transposed(source, target, width, rows)
+            copy_transposed(source, target, width, rows, self.ctx.lanes)
         with T.serial(0, rows) as r:
             for start, lanes in pieces:
                 self._transform(copy, r * width + start, rows * width, row + r, column, start,

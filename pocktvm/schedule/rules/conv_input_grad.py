@@ -86,7 +86,7 @@ def emit_swap(ctx: emit.Context, conv: Direct, tile: Tile, weight: Any, panels: 
                 target = T.bind(base + t * (conv.depth * width))
                 copy_transposed(
                     Matrix(weight, T.bind(source), total), Matrix(panels, target, width),
-                    width, conv.depth,
+                    width, conv.depth, ctx.lanes,
                 )  # fmt: skip
 
         tail = conv.width % tile.nr

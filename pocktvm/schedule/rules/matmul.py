@@ -20,10 +20,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pocktvm.ir.target import Isa
 from pocktvm.schedule.emit import Context, build, const, load, store, vectors
 from pocktvm.schedule.gemm import Gemm, describe
 from pocktvm.schedule.gemm_dot import dot_tile, emit_dot
-from pocktvm.schedule.gemm_tile import Tile, register_tile
+from pocktvm.schedule.gemm_tile import UNROLL, Tile, register_tile
 from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.loops import (
     balanced,
@@ -36,6 +37,7 @@ from pocktvm.schedule.loops import (
     worth_threads,
     zero,
 )
+from pocktvm.schedule.prefetch import Ahead, gains, worthwhile
 from pocktvm.schedule.rule import Emitted, Knob, Pack, Task
 from pocktvm.schedule.transpose import Matrix, copy_transposed
 from pocktvm.tvm_api import T, tirx
@@ -43,7 +45,9 @@ from pocktvm.tvm_api import T, tirx
 Expr = Any
 SMALL_B = 160 * 1024  # bytes of B below which rows go outside: B stays in L2
 PANEL_BYTES = 32 * 1024  # of a panel's block a worker copies, or an eighth of the L2
-PARTIAL_BYTES = 24 * 1024  # of a worker's partial sums, when K takes several blocks
+FEW_ROWS = 128  # for which B is copied transposed: in blocks of K of at most
+SHORT = 256
+PARTIAL_BYTES = 24 * 1024  # of a worker's partial sums when K takes several blocks
 
 
 class Matmul:
@@ -61,13 +65,12 @@ class Matmul:
         gemm, isa = _describe(task), task.target.isa
         mr, nr = register_tile(isa, gemm)
         forms = _forms(task, gemm)
-        panel = max(PANEL_BYTES, isa.l2_bytes // 8)  # sums in memory cost more than B from the L2
         return {
-            "form": Knob(forms, _default_form(task, gemm, mr, forms)),
+            "form": Knob(forms, _default_form(task, gemm, mr, nr, forms)),
             "mr": Knob(_around(mr, (2, 4, 6, 7, 8, 10, 12, 14), gemm.m), mr),
             "nr": Knob(_around(nr, tuple(isa.lanes * v for v in (1, 2, 3, 4)), gemm.n), nr),
             "order": Knob(("rows", "panels"), _default_order(gemm)),
-            "kc": Knob((64, 128, 256, 512, 1024), _depth(gemm.k, panel // (4 * nr))),
+            "kc": Knob((64, 128, 256, 512, 1024), _depth(gemm, nr, isa)),
         }
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
@@ -100,7 +103,8 @@ class _Tiled:
         self.depth, self.blocks = min(kc, gemm.k), ceil_div(gemm.k, kc)
         most = gemm.m
         if form == "local" and self.blocks > 1:
-            most = max(self.mr, PARTIAL_BYTES // (4 * self.nr))
+            room = max(PARTIAL_BYTES, self.isa.l2_bytes // 4)  # fewer chunks copy B less often
+            most = max(self.mr, room // (4 * self.nr))
         self.chunk = self._row_chunk(most)
         self.extents = (gemm.batch, self.panels, ceil_div(gemm.m, self.chunk))
         self.workers = min(self.isa.cores, math.prod(self.extents)) if self.parallel else 1
@@ -138,9 +142,11 @@ class _Tiled:
                 return ctx.load(gemm.b, base + column * gemm.k + k * width + c, w)
             return ctx.load(gemm.b, base + k * gemm.n + column + c, w)
 
+        ahead = self._ahead(tile, column, zero(), gemm.k) if self.order == "panels" else None
         for _ in tile.wanted(row, rows, column):
+            tile.prefetch(row, rows, column, width)
             acc = tile.accumulators(rows, width)
-            tile.multiply(acc, row, rows, width, zero(), gemm.k, read)
+            tile.multiply(acc, row, rows, width, zero(), gemm.k, read, ahead)
             tile.finish(acc, row, rows, column, width)
 
     @property
@@ -168,10 +174,12 @@ class _Tiled:
 
     def _one_block(self, tile: Tile, panel: Panel, chunk: Expr, column: Expr) -> None:
         width = panel.width
+        ahead = self._ahead(tile, column, zero(), self.gemm.k)
         for row, rows in chunk_tiles(chunk, self.gemm.m, self.chunk, self.mr):
             for _ in tile.wanted(row, rows, column):
+                tile.prefetch(row, rows, column, width)
                 acc = tile.accumulators(rows, width)
-                tile.multiply(acc, row, rows, width, zero(), self.gemm.k, panel.load)
+                tile.multiply(acc, row, rows, width, zero(), self.gemm.k, panel.load, ahead)
                 tile.finish(acc, row, rows, column, width)
 
     def _many_blocks(
@@ -186,9 +194,10 @@ class _Tiled:
                 partial.store(r, c, const(0.0, w), w)
         for k0, depth in tiles(gemm.k, self.depth):
             self._pack(tile, panel, column, k0, depth)
+            ahead = self._ahead(tile, column, k0, depth)
             for row, rows in chunk_tiles(chunk, gemm.m, self.chunk, self.mr):
                 acc = tile.accumulators(rows, width)
-                tile.multiply(acc, row, rows, width, k0, depth, panel.load)
+                tile.multiply(acc, row, rows, width, k0, depth, panel.load, ahead)
                 for r in range(rows):
                     for c, w in pieces:
                         value = partial.load(row - start + r, c, w) + load(acc, r * width + c, w)
@@ -196,13 +205,36 @@ class _Tiled:
         with T.serial(0, count) as r:
             tile.finish_row(partial.buffer, partial.at + r * width, start + r, column, pieces)
 
+    def _ahead(self, tile: Tile, column: Expr, k0: Expr, depth: int) -> Ahead | None:
+        """The block of B this worker reads after [k0 : k0 + depth] of the panel at `column`."""
+        gemm = self.gemm
+        steps = depth // UNROLL
+        if gemm.b_batched or not steps or not worthwhile(tile.ctx, gemm.b):
+            return None
+        alone = self.form == "local" and self.extents[2] == 1
+        after = column + (self.workers if alone else 1) * self.nr
+        rows, columns, stride = depth, self.nr, gemm.n
+        at = after
+        if self.form == "packed":
+            rows, columns, stride, at = 1, depth * self.nr, 0, after * gemm.k
+        elif gemm.transpose_b:
+            rows, columns, stride, at = self.nr, depth, gemm.k, after * gemm.k
+        if depth < gemm.k:
+            below = k0 + depth
+            down = column * gemm.k + below if gemm.transpose_b else below * gemm.n + column
+            at = tirx.Select(below < gemm.k, down, at)
+        tiles_m = ceil_div(gemm.m, self.mr)
+        return Ahead(tile.ctx.buffers[gemm.b], T.bind(at), rows, columns, stride, tiles_m,
+                     self.mr, steps, UNROLL)  # fmt: skip
+
     def _pack(self, tile: Tile, panel: Panel, column: Expr, k0: Expr, depth: int) -> None:
         """panel[k][c] = B[k0 + k, column + c]."""
         gemm, ctx, width = self.gemm, tile.ctx, panel.width
         base = tile.batch * (gemm.k * gemm.n) if gemm.b_batched else zero()
         if gemm.transpose_b:
             source = Matrix(ctx.buffers[gemm.b], base + column * gemm.k + k0, gemm.k)
-            copy_transposed(source, Matrix(panel.buffer, panel.at, width), width, depth)
+            copy_transposed(source, Matrix(panel.buffer, panel.at, width), width, depth,
+                            ctx.lanes)  # fmt: skip
             return
         with T.serial(0, depth) as k:
             for c, w in vectors(width, ctx.lanes):
@@ -251,7 +283,7 @@ def _forms(task: Task, gemm: Gemm) -> tuple[str, ...]:
     return tuple(forms)
 
 
-def _default_form(task: Task, gemm: Gemm, mr: int, forms: tuple[str, ...]) -> str:
+def _default_form(task: Task, gemm: Gemm, mr: int, nr: int, forms: tuple[str, ...]) -> str:
     lanes, isa = task.target.isa.lanes, task.target.isa
     if "dot" in forms and gemm.k >= 4 * lanes:
         few_columns = gemm.n <= max(1, lanes // 4)
@@ -264,11 +296,14 @@ def _default_form(task: Task, gemm: Gemm, mr: int, forms: tuple[str, ...]) -> st
         return "local"
     if gemm.transpose_a:
         return "local" if gemm.k >= 64 and gemm.m > 2 * mr else "direct"
+    if gains(isa) and 4 * gemm.k * nr > isa.l2_bytes // 2 and gemm.m >= 8:
+        return "local"  # a panel and the next one, asked for ahead, are more than the L2 holds
     if gemm.k > 4096 and gemm.m >= 8:  # blocks of K: faster or equal, and sums of sums are exacter
         return "local"
     # rows of B a power of two apart fall on the same cache sets: copy them once there is use for it
+    # unless they are asked for ahead
     aliased = (gemm.n * 4) % 2048 == 0 and gemm.k * gemm.n * 4 > isa.l2_bytes // 4
-    return "local" if aliased and gemm.m >= 8 * mr else "direct"
+    return "local" if aliased and gemm.m >= 8 * mr and not gains(isa) else "direct"
 
 
 def _default_order(gemm: Gemm) -> str:
@@ -277,9 +312,13 @@ def _default_order(gemm: Gemm) -> str:
     return "rows" if gemm.k * gemm.n * 4 <= SMALL_B or gemm.batch > 1 else "panels"
 
 
-def _depth(k: int, most: int) -> int:
+def _depth(gemm: Gemm, nr: int, isa: Isa) -> int:
     """The depth of a block of K: all of it when it nearly fits, else a divisor near the limit."""
-    most = max(8, most)
+    k = gemm.k
+    # sums in memory cost more than B from the L2
+    most = max(8, max(PANEL_BYTES, isa.l2_bytes // 8) // (4 * nr))
+    if gains(isa) and gemm.transpose_b and gemm.m <= FEW_ROWS:
+        most = min(most, SHORT)  # 100 GFLOP/s instead of 88, for 64 rows and K = 512
     if k <= most * 5 // 4:
         return max(k, 1)
     for depth in range(most - most % 4, most // 2, -4):

@@ -1,0 +1,81 @@
+"""Ask for memory while registers are busy: what a tile's epilogue reads and writes, and the part
+of a weight that is read next.
+
+A step runs through far more memory than the caches hold, so a residual, a weight or its update
+comes from main memory: 100 ns, the length of a whole tile of 64 values of k. Asked for before the
+tile's sums it is there after them (1x1 convolutions to 256 channels with a residual: 80 to 105
+GFLOP/s). Only for processors with wide vectors: they are what it was measured on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pocktvm.ir.target import Isa
+from pocktvm.schedule.emit import Context, prefetch
+from pocktvm.schedule.expression import Position
+from pocktvm.schedule.loops import ceil_div
+from pocktvm.tvm_api import T, tirx
+
+Expr = Any
+LINE = 16  # float32 values of a cache line
+
+
+def gains(isa: Isa) -> bool:
+    """Was asking ahead measured to pay on processors of this kind?"""
+    return isa.lanes >= 8
+
+
+def worthwhile(ctx: Context, name: str) -> bool:
+    """May the value be outside the caches, on a processor that gains from knowing early?"""
+    isa = ctx.task.target.isa
+    return gains(isa) and 4 * ctx.task.values[name].size > isa.l2_bytes // 4
+
+
+def prefetch_epilogue(ctx: Context, result: str, at: Position) -> None:
+    """The lines of every operand and output of the epilogue under one vector of `at.width`
+    values, a whole row of a tile; `result` is the anchor's output."""
+    for name, write in _streams(ctx, result):
+        for column in range(0, at.width, LINE):
+            prefetch(ctx.buffers[name], at.flat + column, write)
+
+
+def _streams(ctx: Context, result: str) -> Iterator[tuple[str, bool]]:
+    """(name, is it written) of every whole-sized value the epilogue reads or writes."""
+    task = ctx.task
+    anchor = task.anchor
+    read = {name for part in task.node.body for name in part.inputs if part is not anchor}
+    for name in (*task.node.inputs, *task.node.outputs):
+        whole = task.shape(name) == task.shape(result) and name not in task.literals
+        if whole and worthwhile(ctx, name) and (name in read or name in task.node.outputs):
+            yield name, name in task.node.outputs
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """The panel of a weight that is read after this one: `rows` x `columns` values, `stride`
+    apart, from `at`; asked for line by line while this one is multiplied, by `tiles` tiles of
+    `height` rows that take `steps` steps of `unroll` values of k each."""
+
+    buffer: Any
+    at: Expr
+    rows: int
+    columns: int
+    stride: int
+    tiles: int
+    height: int
+    steps: int
+    unroll: int
+
+    def emit(self, row: Expr, k: Expr) -> None:
+        """The share of one step: k of the tile that begins at `row`."""
+        across = ceil_div(self.columns, LINE)
+        total = self.rows * across
+        share = ceil_div(total, self.tiles * self.steps)
+        step = row // self.height * self.steps + k // self.unroll
+        for i in range(share):
+            line = T.bind(tirx.Min(step * share + i, tirx.const(total - 1, "int32")))
+            at = line // across * self.stride + line % across * LINE
+            prefetch(self.buffer, self.at + at)
