@@ -226,9 +226,10 @@ def losses() -> Iterator[tuple[str, Case]]:
         for node in (
             Node("cross_entropy", ("x", "y", *weight), ("loss",), attrs),
             Node("cross_entropy_grad", ("x", "y", "dloss", *weight), ("dx",), attrs),
+            Node("cross_entropy_grad", ("x", "y", "dloss", *weight), ("dx", "loss"), attrs),
         ):
             used = {n: arrays[n] for n in node.inputs if n in arrays}
-            yield f"{node.op}{number}", Case(node, values, node.op, used)
+            yield f"{node.op}{number}-{len(node.outputs)}", Case(node, values, node.op, used)
 
 
 def tables() -> Iterator[tuple[str, Case]]:

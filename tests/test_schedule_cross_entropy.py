@@ -45,3 +45,5 @@ def test_cross_entropy_and_its_gradient(shape, axis, options, weighted, lanes):
     check_rule(forward, values, CrossEntropy(), host(lanes), arrays=arrays)
     backward = Node("cross_entropy_grad", ("x", "y", "dloss", *weight), ("dx",), attrs)
     check_rule(backward, values, CrossEntropyGrad(), host(lanes), arrays=arrays)
+    both = Node("cross_entropy_grad", backward.inputs, ("dx", "loss"), attrs)
+    check_rule(both, values, CrossEntropyGrad(), host(lanes), arrays=arrays)

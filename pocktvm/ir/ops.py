@@ -31,6 +31,7 @@ cross_entropy        logits, y -> loss()                  axis(class) label_smoo
                      (+ weight[C] as third input)         mean reduction, torch's semantics; reduction="sum"
                                                           leaves the division out
 cross_entropy_grad   logits, y, dloss() -> dlogits        the same (+ weight[C] as fourth input)
+                     (, loss())                           the loss too, where it has a second output
 take                 table, indices -> y                  axis, mode  (an embedding is axis 0)
 put                  table, indices, rows -> y            axis: table with these rows; y is table's new value
 take_grad            dy, indices -> dtable                axis, padding_idx (rows that get no gradient; -1)

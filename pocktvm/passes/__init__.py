@@ -16,6 +16,7 @@ from pocktvm.passes.fold_constants import fold_constants
 from pocktvm.passes.fold_scales import fold_scales
 from pocktvm.passes.fuse import fuse
 from pocktvm.passes.fuse_blocks import fuse_blocks
+from pocktvm.passes.join_loss import join_loss
 from pocktvm.passes.order import order
 from pocktvm.passes.scale_grads import scale_grads
 from pocktvm.passes.scatter_updates import scatter_updates
@@ -38,6 +39,7 @@ PIPELINE: tuple[Pass, ...] = (
     flatten_rows,
     simplify,
     skip_masked,
+    join_loss,
     scatter_updates,
     fuse,
     fuse_blocks,

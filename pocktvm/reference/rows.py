@@ -115,11 +115,14 @@ def cross_entropy(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> 
 
 
 @reference("cross_entropy_grad")
-def cross_entropy_grad(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
-    """dlogits, by torch's autograd."""
+def cross_entropy_grad(
+    node: Node, args: Sequence[Tensor], outs: Sequence[Value]
+) -> tuple[Tensor, ...]:
+    """dlogits, by torch's autograd, and the loss where it is wanted."""
     logits, y, dloss = args[:3]
     weight = args[3] if len(args) > 3 else None
-    return gradient_of(lambda x: _cross_entropy(node, x, y, weight), logits, dloss.reshape(()))
+    grad = gradient_of(lambda x: _cross_entropy(node, x, y, weight), logits, dloss.reshape(()))
+    return (grad, _cross_entropy(node, logits, y, weight))[: len(outs)]
 
 
 @reference("sum", "mean", "max", "min")

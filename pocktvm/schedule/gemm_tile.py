@@ -34,12 +34,14 @@ ReadB = Callable[[Expr, int, int], Expr]  # (k, column within the panel, width) 
 UNROLL = 4  # of the k loop
 
 
-def register_tile(isa: Isa, gemm: Gemm) -> tuple[int, int]:
+def register_tile(isa: Isa, gemm: Gemm, packed: bool = True) -> tuple[int, int]:
     """(MR, NR) that fill the registers without spilling, shrunk to the problem.
 
     16 registers: 6 rows x 2 vectors; 32: 8 x 3, 6 x 4 or 12 x 2, whatever suits M and N (12 rows of
     A a power of two apart are more than a cache set holds: 12 % slower); NEON by lanes 7 x 3, or
     8 x 3 where A is read transposed (instructions per FMA 1.21 and 1.13; 6 x 4 spills).
+    A B that is not `packed` prefers 3 vectors: the copy of its panel stays in the L2 at a depth
+    where 4 would need two (K = 768, B transposed: 111 against 109 GFLOP/s; K = 288: 109, 102).
     """
     budget = 24 if isa.vector_registers >= 32 else 12
     if isa.lane_fma and not gemm.transpose_a:
@@ -49,7 +51,10 @@ def register_tile(isa: Isa, gemm: Gemm) -> tuple[int, int]:
         wide = (3, 2, 4) if isa.lane_fma else (2, 3)
         nv = next((v for v in wide if vectors_n % v == 0), wide[0])
     else:
-        nv = min((3, 4, 2), key=lambda v: (_cycles(isa, gemm.m, vectors_n, budget // v, v), v))
+        cost = {v: _cycles(isa, gemm.m, vectors_n, budget // v, v) for v in (3, 4, 2)}
+        if not packed:
+            cost[3] *= 0.98
+        nv = min(cost, key=lambda v: (cost[v], v))
     if gemm.m * nv < budget:  # few rows: more columns keep the pipeline full
         nv = min(max(nv, budget // gemm.m), 16)
     nv = balanced(vectors_n, nv)

@@ -45,7 +45,7 @@ class BlockClassRows(ClassRows):
                            start)  # fmt: skip
         return block_fold(self.thread, self.threads, own, combine, "float32")
 
-    def statistics(self, r: Expr) -> tuple[Expr, Expr]:
+    def statistics(self, r: Expr, into: Any = None) -> tuple[Expr, Expr]:
         """(maximum, sum of exponentials) of a row."""
 
         def logit(c: Expr) -> Expr:
@@ -54,6 +54,21 @@ class BlockClassRows(ClassRows):
         top = self.reduce(r, lambda c, w: logit(c), lambda a, b: tirx.Max(a, b), LOWEST)
         total = self.reduce(r, lambda c, w: vm.exp(logit(c) - top, 1), add, 0.0)
         return top, total
+
+
+    def share_loss(self, r: Expr, losses: Any, own: Expr, top: Expr, total: Expr) -> None:
+        """A row's loss and weight, by one thread."""
+        loss, weight = self.loss(r, own, top, total)
+        with T.If(self.thread.equal(0)), T.Then():
+            self.keep_loss(r, losses, loss, weight)
+
+    def whole_loss(self, out: str, losses: Any) -> None:
+        """A launch of one block that adds the rows' losses."""
+        for _, thread in blocks(1, BLOCK):
+            loss = _sum(losses, 0, self.count, thread)
+            weight = _sum(losses, self.count, self.count, thread)
+            with T.If(thread.equal(0)), T.Then():
+                self.ctx.store(out, 0, loss if self.summed else loss / weight, 1)
 
 
 def _threads(task: Task) -> int:
@@ -83,16 +98,8 @@ class CrossEntropy(GpuRule):
             for row, thread in blocks(rows_count, _threads(task)):
                 rows = BlockClassRows(ctx, weights)
                 rows.share(thread, _threads(task))
-                loss, weight = CpuCrossEntropy().row_loss(rows, row)
-                with T.If(thread.equal(0)), T.Then():
-                    store(losses, row, loss, 1)
-                    store(losses, rows_count + row, weight, 1)
-            for _, thread in blocks(1, BLOCK):
-                loss = _sum(losses, 0, rows_count, thread)
-                weight = _sum(losses, rows_count, rows_count, thread)
-                with T.If(thread.equal(0)), T.Then():
-                    summed = node.attrs.get("reduction") == "sum"
-                    ctx.store(node.outputs[0], 0, loss if summed else loss / weight, 1)
+                rows.share_loss(row, losses, rows.own(row), *rows.statistics(row))
+            rows.whole_loss(node.outputs[0], losses)
 
         return Emitted(build(task, body, workspaces), workspaces)
 
@@ -115,7 +122,10 @@ class CrossEntropyGrad(GpuRule):
         """Sums of the labels' weights first, then the rows; may overwrite the logits."""
         node = task.node
         weights = node.inputs[3] if len(node.inputs) > 3 else None
-        workspaces = ((2, "float32"),)
+        shape, axis = task.shape(node.inputs[0]), node.attrs["axis"]
+        count = math.prod(shape) // shape[axis]
+        losses = ((2 * count, "float32"),) if len(node.outputs) > 1 else ()
+        workspaces = ((2, "float32"), *losses)
 
         def body(ctx: Context) -> None:
             rows = BlockClassRows(ctx, weights)
@@ -125,6 +135,8 @@ class CrossEntropyGrad(GpuRule):
             for row, thread in blocks(rows.count, _threads(task)):
                 rows.share(thread, _threads(task))
                 self._row(ctx, rows, row, load(sums, 0, 1), load(sums, 1, 1))
+            if losses:
+                rows.whole_loss(node.outputs[1], ctx.workspaces[1])
 
         return Emitted(build(task, body, workspaces), workspaces, inplace=((0, 0),))
 
@@ -149,7 +161,10 @@ class CrossEntropyGrad(GpuRule):
     def _row(self, ctx: Context, rows: BlockClassRows, r: Expr, scale: Expr, every: Expr) -> None:
         out = ctx.buffers[ctx.task.node.outputs[0]]
         label, counts = rows.row(r)
+        own = rows.own(r)  # ahead of the barriers behind which it may be overwritten
         top, total = rows.statistics(r)
+        if len(ctx.workspaces) > 1:
+            rows.share_loss(r, ctx.workspaces[1], own, top, total)
         scale = T.bind(scale * counts)
         hit = T.bind(const(1 - rows.smoothing) * rows.weight(label) * scale)
         smooth = const(rows.smoothing / rows.classes) * scale

@@ -16,7 +16,7 @@ from typing import Any
 
 from pocktvm.schedule import vector_math as vm
 from pocktvm.schedule.emit import Context, build, const, load, local, splat, store, vector_loop
-from pocktvm.schedule.row import add, reduce_row, row_max, row_sum_exp
+from pocktvm.schedule.row import add, reduce_row, row_max
 from pocktvm.schedule.rule import Emitted, Knob, Task
 from pocktvm.tvm_api import T, tirx
 
@@ -76,11 +76,23 @@ class ClassRows:
             store(total, 0, combine(load(total, 0, 1), value(c, 1)), 1)
         return T.bind(load(total, 0, 1))
 
-    def statistics(self, r: Expr) -> tuple[Expr, Expr]:
-        """(maximum, sum of exponentials) of a row."""
+    def own(self, r: Expr) -> Expr:
+        """The logit of a row's label."""
+        return T.bind(load(self.logits, self.at(r, self.row(r)[0]), 1))
+
+    def statistics(self, r: Expr, into: Any = None) -> tuple[Expr, Expr]:
+        """(maximum, sum of exponentials) of a row; `into`: where those are kept (inner 1 only)."""
         if self.inner == 1:
-            top = row_max(self.ctx, self.logits, r * self.classes, self.classes)
-            return top, row_sum_exp(self.ctx, self.logits, r * self.classes, self.classes, top)
+            base = r * self.classes
+            top = row_max(self.ctx, self.logits, base, self.classes)
+
+            def exponential(i: Expr, width: int) -> Expr:
+                value = vm.exp(load(self.logits, base + i, width) - splat(top, width), width)
+                if into is not None:
+                    store(into, base + i, value, width)
+                return value
+
+            return top, reduce_row(self.ctx, self.classes, exponential, add, 0.0)
         top = self.reduce(
             r, lambda c, w: load(self.logits, self.at(r, c), w), lambda a, b: tirx.Max(a, b),
             -3.4e38,
@@ -89,6 +101,40 @@ class ClassRows:
             r, lambda c, w: vm.exp(load(self.logits, self.at(r, c), w) - splat(top, w), w), add, 0.0
         )
         return top, total
+
+    def loss(self, r: Expr, own: Expr, top: Expr, total: Expr) -> tuple[Expr, Expr]:
+        """(loss, weight) of a row, before the division by the sum of weights."""
+        label, counts = self.row(r)
+        log_sum = T.bind(tirx.log(total) + top)
+        weight = T.bind(self.weight(label) * counts)
+        loss = weight * (log_sum - own)
+        if self.smoothing:
+
+            def behind(c: Expr, width: int) -> Expr:
+                x = load(self.logits, self.at(r, c), width)
+                return self.weighted(c, width) * (splat(log_sum, width) - x)
+
+            smooth = self.reduce(r, behind, add, 0.0)
+            loss = const(1 - self.smoothing) * loss + (
+                const(self.smoothing / self.classes) * smooth * counts
+            )
+        return loss, weight
+
+    def keep_loss(self, r: Expr, losses: Any, loss: Expr, weight: Expr) -> None:
+        """A row's loss and weight, for `whole_loss`."""
+        store(losses, r, loss, 1)
+        store(losses, self.count + r, weight, 1)
+
+    def whole_loss(self, out: str, losses: Any) -> None:
+        """The ordered sum of the rows' losses, over that of their weights."""
+        total = local(2)
+        for k in range(2):
+            store(total, k, const(0.0), 1)
+        with T.serial(0, self.count) as r:
+            for k in range(2):
+                store(total, k, load(total, k, 1) + load(losses, k * self.count + r, 1), 1)
+        mean = load(total, 0, 1) / load(total, 1, 1)
+        self.ctx.store(out, 0, load(total, 0, 1) if self.summed else mean, 1)
 
     def weighted(self, c: Expr, width: int) -> Expr:
         """w_c as a vector."""
@@ -135,47 +181,15 @@ class CrossEntropy:
             rows = ClassRows(ctx, weights)
             losses = ctx.workspaces[0]
             with rows.loop() as r:
-                self._row(rows, r, losses, count)
-            total = local(2)
-            store(total, 0, const(0.0), 1)
-            store(total, 1, const(0.0), 1)
-            with T.serial(0, count) as r:
-                for k in range(2):
-                    store(total, k, load(total, k, 1) + load(losses, k * count + r, 1), 1)
-            mean = load(total, 0, 1) / load(total, 1, 1)
-            ctx.store(node.outputs[0], 0, load(total, 0, 1) if rows.summed else mean, 1)
+                loss = rows.loss(r, rows.own(r), *rows.statistics(r))
+                rows.keep_loss(r, losses, *loss)
+            rows.whole_loss(node.outputs[0], losses)
 
         return Emitted(build(task, body, ((2 * count, "float32"),)), ((2 * count, "float32"),))
 
-    def _row(self, rows: ClassRows, r: Expr, losses: Any, count: int) -> None:
-        loss, weight = self.row_loss(rows, r)
-        store(losses, r, loss, 1)
-        store(losses, count + r, weight, 1)
-
-    def row_loss(self, rows: ClassRows, r: Expr) -> tuple[Expr, Expr]:
-        """(loss, weight) of a row, before the division by the sum of weights."""
-        label, counts = rows.row(r)
-        top, total = rows.statistics(r)
-        log_sum = T.bind(tirx.log(total) + top)
-        weight = T.bind(rows.weight(label) * counts)
-        loss = weight * (log_sum - load(rows.logits, rows.at(r, label), 1))
-        if rows.smoothing:
-            smooth = rows.reduce(
-                r,
-                lambda c, w: (
-                    rows.weighted(c, w) * (splat(log_sum, w) - load(rows.logits, rows.at(r, c), w))
-                ),
-                add,
-                0.0,
-            )
-            loss = const(1 - rows.smoothing) * loss + (
-                const(rows.smoothing / rows.classes) * smooth * counts
-            )
-        return loss, weight
-
 
 class CrossEntropyGrad:
-    """The gradient of the mean loss for the logits, scaled by dloss."""
+    """The gradient of the mean loss for the logits, scaled by dloss; and the loss, if wanted."""
 
     name = "cross_entropy_grad"
 
@@ -192,6 +206,9 @@ class CrossEntropyGrad:
         node = task.node
         dloss = node.inputs[2]
         weights = node.inputs[3] if len(node.inputs) > 3 else None
+        shape, axis = task.shape(node.inputs[0]), node.attrs["axis"]
+        count = _product(shape) // shape[axis]
+        workspaces = ((2 * count, "float32"),) if len(node.outputs) > 1 else ()
 
         def body(ctx: Context) -> None:
             rows = ClassRows(ctx, weights)
@@ -208,13 +225,19 @@ class CrossEntropyGrad:
                 every = reduce_row(ctx, rows.classes, lambda i, w: load(buffer, i, w), add, 0.0)
             with rows.loop() as r:
                 self._row(ctx, rows, r, load(scale, 0, 1), every)
+            if workspaces:
+                rows.whole_loss(node.outputs[1], ctx.workspaces[0])
 
-        return Emitted(build(task, body), inplace=((0, 0),))
+        return Emitted(build(task, body, workspaces), workspaces, inplace=((0, 0),))
 
     def _row(self, ctx: Context, rows: ClassRows, r: Expr, scale: Expr, every: Expr) -> None:
         out = ctx.buffers[ctx.task.node.outputs[0]]
         label, counts = rows.row(r)
-        top, total = rows.statistics(r)
+        once = rows.inner == 1 and not rows.smoothing  # exponentials wait where the result will be
+        own = rows.own(r)  # before it may be overwritten
+        top, total = rows.statistics(r, out) if once else rows.statistics(r)
+        if ctx.workspaces:
+            rows.keep_loss(r, ctx.workspaces[0], *rows.loss(r, own, top, total))
         scale = T.bind(scale * counts)
         hit = T.bind(const(1 - rows.smoothing) * rows.weight(label) * scale)
         smooth = const(rows.smoothing / rows.classes) * scale
@@ -223,7 +246,10 @@ class CrossEntropyGrad:
 
         def write(c: Expr, width: int) -> None:
             index = rows.at(r, c)
-            p = vm.exp(load(rows.logits, index, width) - splat(top, width), width)
+            if once:
+                p = load(out, index, width)
+            else:
+                p = vm.exp(load(rows.logits, index, width) - splat(top, width), width)
             value = p * splat(share, width)
             if rows.smoothing:
                 value = value - splat(smooth, width) * rows.weighted(c, width)

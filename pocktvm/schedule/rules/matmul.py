@@ -63,7 +63,7 @@ class Matmul:
     def knobs(self, task: Task) -> Mapping[str, Knob]:
         """form, mr, nr, order (which loop is outside), kc (depth of a local block)."""
         gemm, isa = _describe(task), task.target.isa
-        mr, nr = register_tile(isa, gemm)
+        mr, nr = register_tile(isa, gemm, task.is_frozen(gemm.b))
         forms = _forms(task, gemm)
         return {
             "form": Knob(forms, _default_form(task, gemm, mr, nr, forms)),
