@@ -98,7 +98,7 @@ def ops(graph):
 
 def same_numbers(before, after, tolerance=1e-4, seed=1):
     """Assert that both graphs compute the same outputs and updates (in torch's layout)."""
-    from pocktvm.passes.compare import in_torch_layout, random_inputs
+    from pocktvm.passes.compare import random_inputs
 
     after.check()
     inputs = random_inputs(before, seed)
@@ -109,8 +109,8 @@ def same_numbers(before, after, tolerance=1e-4, seed=1):
     for key, array in old.updates.items():
         got = new.updates.get(key, after.params[key].value)
         np.testing.assert_allclose(
-            in_torch_layout(got, after.params[key]),
-            in_torch_layout(array, before.params[key]),
+            after.params[key].in_torch(got),
+            before.params[key].in_torch(array),
             rtol=tolerance,
             atol=tolerance,
         )

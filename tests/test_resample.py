@@ -76,8 +76,7 @@ def test_every_table_of_a_compiled_step_follows_the_selection():
         if param.kind == "selection":
             assert name not in mine.updates
             continue
-        value = mine.updates.get(name, param.value)
-        value = value if param.perm is None else value.transpose(np.argsort(param.perm))
+        value = param.in_torch(mine.updates.get(name, param.value))
         assert np.allclose(value, state[name], rtol=1e-5, atol=1e-6), name
 
 

@@ -118,9 +118,9 @@ def _sources(
         if name in trained:
             value = parameter.value.astype("float32", copy=False)
             # of a selectable part every index may have learned: it is kept whole
-            fixed = name in parts and not parts[name].selectable
-            part = (parts[name].axis, parts[name].indices) if fixed else None
-            param = Param(name, value, "trained", None, parameter.aliases, part)
+            part = parts.get(name)
+            fixed = None if part is None or part.selectable else part
+            param = Param(name, value, "trained", None, parameter.aliases, fixed)
             env[var] = builder.param(param)
         else:
             env[var] = builder.frozen(name, parameter.value)

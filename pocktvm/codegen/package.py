@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pocktvm.codegen.step import fingerprint, label_names, torch_array
+from pocktvm.codegen.step import fingerprint, label_names
 from pocktvm.ir.artifact import Identity
 from pocktvm.ir.graph import Param
 from pocktvm.ir.kernels import Kernels
@@ -24,7 +24,7 @@ def initial_state(kernels: Kernels, identity: Identity) -> dict[str, np.ndarray]
     state = {name: np.asarray(value) for name, value in identity.state.items()}
     for param in kernels.params.values():
         if param.kind == "trained" and param.name not in state:
-            state[param.name] = torch_array(param)
+            state[param.name] = np.ascontiguousarray(param.in_torch(param.value))
     return state
 
 
@@ -98,7 +98,7 @@ def _tensors(kernels: Kernels) -> dict[str, dict[str, Any]]:
     return {
         p.name: {
             "kind": p.kind, "shape": list(p.torch_shape), "aliases": list(p.aliases),
-            **({} if p.part is None else {"axis": p.part[0], "indices": list(p.part[1])}),
+            **({} if p.part is None else {"axis": p.part.axis, "indices": list(p.part.indices)}),
             **({} if p.selects is None else _selection(p, kernels.params[p.selects[0]])),
         }
         for p in params

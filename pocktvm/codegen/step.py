@@ -211,11 +211,10 @@ def _tensor(w: Writer, name: str, param: Param, aliases: str) -> str:
     if not planned:
         raise InternalError(f"the plan has no place for '{param.name}'")
     kept = param.kind == "optimizer" and bool(param.value.any())
-    axis, indices = param.part or (-1, ())
     part = "NULL"
-    if indices:
+    if param.part is not None:
         part = f"part_{aliases}"
-        w.parts.append(array("int32_t", part, map(str, indices)))
+        w.parts.append(array("int32_t", part, map(str, param.part.indices)))
     starts_at = "PK_NOWHERE"
     if kept or param.selects:
         starts_at = str(w.frozen.add(param.value))
@@ -225,31 +224,16 @@ def _tensor(w: Writer, name: str, param: Param, aliases: str) -> str:
         "kind": _KINDS[param.kind],
         "ndim": param.value.ndim,
         "shape": w.shapes.add(param.torch_shape),
-        "strides": w.shapes.add(torch_strides(param)),
+        "strides": w.shapes.add(param.torch_strides),
         "offset": w.arena_offset(planned[0], name),
         "size": param.value.size,
         "initial": starts_at,
-        "part_axis": axis,
-        "part_count": len(indices),
+        "part_axis": -1 if param.part is None else param.part.axis,
+        "part_count": 0 if param.part is None else len(param.part.indices),
         "part": part,
         "selects": w.tensors().index(param.selects[0]) if param.selects else -1,
         "select_axis": param.selects[1] if param.selects else -1,
     })  # fmt: skip
-
-
-def torch_array(param: Param) -> np.ndarray:
-    """A parameter's value with torch's axes."""
-    if param.perm is None:
-        return param.value
-    return np.ascontiguousarray(param.value.transpose(np.argsort(param.perm)))
-
-
-def torch_strides(param: Param) -> tuple[int, ...]:
-    """Elements between neighbours in the stored tensor, along each of torch's axes."""
-    shape = param.value.shape
-    stored = [int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(len(shape))]
-    perm = param.perm or tuple(range(len(shape)))
-    return tuple(stored[perm.index(axis)] for axis in range(len(shape)))
 
 
 def label_names(kernels: Kernels, inputs: Sequence[Input]) -> set[str]:
@@ -322,11 +306,11 @@ def fingerprint(kernels: Kernels, state: Mapping[str, np.ndarray]) -> str:
     for name in sorted(state):
         value = np.ascontiguousarray(state[name])
         if name in trained:
-            part = trained[name].part
-            if part is None:
+            param = trained[name]
+            if param.part is None:
                 continue
-            digest.update(repr(part).encode())
-            value = np.delete(value, part[1], part[0])  # the rest of it is frozen
+            digest.update(repr((param.part.axis, param.part.indices)).encode())
+            value = param.never_learns(value)
         digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
         digest.update(value.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:16]

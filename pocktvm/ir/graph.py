@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from pocktvm.errors import InternalError
+from pocktvm.ir.param import Param
 
 ITEMSIZE = {"float32": 4, "int32": 4, "int64": 8, "bool": 1, "uint8": 1, "int8": 1, "uint32": 4}
 
@@ -98,35 +99,6 @@ class Node:
         if self.layer:
             head += f"  # {self.layer}"
         return head + "".join(f"\n    {b}" for b in self.body)
-
-
-@dataclass(frozen=True)
-class Param:
-    """A parameter or optimizer state that lives as long as the process.
-
-    `name` is torch's (`blocks.0.weight`; an optimizer's state is `<state>/<parameter>`, such as
-    `exp_avg/blocks.0.weight`); the graph's value has the same name. `perm` maps torch's axes to the
-    stored ones: stored = torch_array.transpose(perm), None for identity. Of a trained tensor with
-    a `part` only the indices part[1] along torch's axis part[0] ever change. A `selection` is
-    int32: the indices, increasing, along torch's axis selects[1] of the tensor selects[0] that
-    learn; no step changes it, the caller may between steps.
-    """
-
-    name: str
-    value: np.ndarray  # in the stored layout
-    kind: str  # trained | optimizer | selection
-    perm: tuple[int, ...] | None = None
-    aliases: tuple[str, ...] = ()
-    part: tuple[int, tuple[int, ...]] | None = None
-    selects: tuple[str, int] | None = None
-
-    @property
-    def torch_shape(self) -> tuple[int, ...]:
-        """The shape torch knows the tensor by."""
-        if self.perm is None:
-            return tuple(self.value.shape)
-        inverse = np.argsort(self.perm)
-        return tuple(self.value.shape[i] for i in inverse)
 
 
 @dataclass(frozen=True)

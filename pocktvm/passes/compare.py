@@ -7,7 +7,7 @@ import os
 import numpy as np
 
 from pocktvm.errors import InternalError
-from pocktvm.ir.graph import Graph, Param
+from pocktvm.ir.graph import Graph
 from pocktvm.reference import evaluate
 
 RELATIVE = 2e-3  # of the largest magnitude: folded scales round differently
@@ -31,11 +31,6 @@ def random_inputs(graph: Graph, seed: int = 0) -> dict[str, np.ndarray]:
     return arrays
 
 
-def in_torch_layout(array: np.ndarray, param: Param) -> np.ndarray:
-    """A stored array in torch's order of axes."""
-    return array if param.perm is None else array.transpose(np.argsort(param.perm))
-
-
 def compare(before: Graph, after: Graph, name: str) -> None:
     """Raise InternalError when outputs or updated parameters differ."""
     inputs = random_inputs(before)
@@ -44,8 +39,8 @@ def compare(before: Graph, after: Graph, name: str) -> None:
     for param, array in old.updates.items():
         after_array = new.updates.get(param, after.params[param].value)
         pairs[param] = (
-            in_torch_layout(array, before.params[param]),
-            in_torch_layout(after_array, after.params[param]),
+            before.params[param].in_torch(array),
+            after.params[param].in_torch(after_array),
         )
     for key, (a, b) in pairs.items():
         scale = float(np.max(np.abs(a), initial=1e-6))
