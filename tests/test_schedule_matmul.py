@@ -11,7 +11,7 @@ from pocktvm.ir.graph import Node, Value
 from pocktvm.schedule.gemm import describe
 from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.rule import Task, defaults
-from pocktvm.schedule.rules.matmul import Matmul
+from pocktvm.schedule.rules.matmul import Matmul, longest_share
 from pocktvm.tvm_api import IRModule, compile_module, tvm_target
 
 pytestmark = pytest.mark.build
@@ -74,6 +74,7 @@ def test_batches(ta, tb, batch_a, batch_b):
         ((40, 200, 300), False, False, {"form": "local", "kc": 100}),
         ((700, 80, 90), False, False, {"order": "rows", "mr": 7, "nr": 16}),
         ((700, 80, 90), False, False, {"order": "panels"}),
+        ((130, 160, 97), False, False, {"form": "direct", "nr": 64}),  # a chunk a core
         ((900, 3, 300), False, False, {}),  # dots against a transposed copy
         ((7, 900, 300), False, True, {}),
         ((7, 900, 300), False, True, {"form": "local"}),
@@ -96,6 +97,12 @@ def test_pointwise_convolution(op, isa):
     values = {n: Value(n, s) for n, s in zip(("a", "b", "c"), shapes, strict=True)}
     attrs = dict(strides=(1, 1), padding=(0,) * 4, dilation=(1, 1), groups=1, layout="NHWC")
     check_rule(Node(op, ("a", "b"), ("c",), attrs), values, Matmul(), host(*isa))
+
+
+def test_the_longest_share_is_of_consecutive_tasks():
+    assert longest_share([2, 2, 1], 2) == 4
+    assert longest_share([2, 2, 2, 1], 2) == 4
+    assert longest_share([3], 4) == 3
 
 
 def test_declines_say_why():

@@ -2,7 +2,8 @@
 
 Slices, pads, concatenations, transposes and broadcasts differ in strides alone: a broadcast axis
 has source stride 0, a reversed one a negative stride. Axes that lie consecutively on both sides are
-merged; then the innermost one decides: contiguous on both sides, repeated, transposed, or scalar.
+merged; then the innermost one decides: contiguous on both sides, repeated, interleaved, transposed,
+or scalar.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pocktvm.ir.target import Isa
 from pocktvm.schedule.emit import load, splat, store, vector_loop
 from pocktvm.schedule.loops import ceil_div, grid, tile_at, worth_threads, zero
 from pocktvm.schedule.transpose import Matrix, copy_transposed
-from pocktvm.tvm_api import T
+from pocktvm.tvm_api import T, tirx
 
 Expr = Any
 RUN = 4096  # elements of a contiguous run that one task takes
@@ -70,6 +71,9 @@ def copy_box(box: Box, source: Any, target: Any, dtype: str, isa: Isa) -> None:
     box = box.merged()
     parallel = worth_threads(isa, 4 * math.prod(box.extents))
     lanes = move_lanes(dtype, isa)
+    if dtype in WIDE and isa.lanes > 1 and is_interleaved(box):
+        _interleaved(box, source, target, parallel, isa.lanes)
+        return
     inner = transposed_axis(box) if dtype in WIDE and isa.lanes > 1 else None
     if inner is not None:
         _transposed(box, inner, source, target, parallel, isa.lanes)
@@ -92,6 +96,43 @@ def copy_box(box: Box, source: Any, target: Any, dtype: str, isa: Isa) -> None:
                 else:
                     value = load(source, place + start + i, w)
                 store(target, goal + start + i, value, w)
+
+
+def is_interleaved(box: Box) -> bool:
+    """Do two or three rows of the source make one of the target, as an image's channels do?"""
+    if len(box.extents) < 2 or box.extents[-1] not in (2, 3):
+        return False
+    return (box.source[-2], box.target[-1], box.target[-2]) == (1, 1, box.extents[-1])
+
+
+def _interleaved(box: Box, source: Any, target: Any, parallel: bool, lanes: int) -> None:
+    """A vector of every row, dealt out by shuffles of two vectors each."""
+    *lead, length, count = box.extents
+    block = min(length, RUN // count)
+    for *indices, run in grid((*lead, ceil_div(length, block)), parallel):
+        place = _offset(box.source_at, indices, box.source)
+        goal = _offset(box.target_at, indices, box.target)
+        for start, size in tile_at(run, length, block):
+            for i, w in vector_loop(size, lanes):
+                at = T.bind(place + start + i)
+                rows = [T.bind(load(source, at + c * box.source[-1], w)) for c in range(count)]
+                to = T.bind(goal + (start + i) * count)
+                for v in range(count):
+                    store(target, to + v * w, _dealt(rows, v, w), w)
+
+
+def _dealt(rows: Sequence[Expr], v: int, width: int) -> Expr:
+    """Vector `v` of the rows' values taken in turn."""
+    if width == 1:
+        return rows[v]
+    wanted = [((v * width + i) % len(rows), (v * width + i) // len(rows)) for i in range(width)]
+    result = rows[0]
+    for number, row in enumerate(rows[1:], 1):
+        first = number == 1  # then the lanes of row 0 are not yet in place
+        picks = [width + at if c == number else at if c == 0 and first else i
+                 for i, (c, at) in enumerate(wanted)]  # fmt: skip
+        result = tirx.Shuffle([result, row], picks)
+    return result
 
 
 def transposed_axis(box: Box) -> int | None:

@@ -16,7 +16,7 @@ Tasks are tiles of C, so sums never depend on the number of threads. Measured on
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,11 +119,29 @@ class _Tiled:
                     for column, width in tiles(gemm.n, self.nr):
                         self._whole(tile, row, rows, column, width)
             return
-        for batch, p, c in grid(self.extents, self.parallel):
+        for batch, p, c in self._panel_tasks():
             tile = Tile(ctx, gemm, batch)
             for column, width in tile_at(p, gemm.n, self.nr):
                 for row, rows in chunk_tiles(c, gemm.m, self.chunk, self.mr):
                     self._whole(tile, row, rows, column, width)
+
+    def _panel_tasks(self) -> Iterator[tuple[Expr, Expr, Expr]]:
+        """Batch entry, panel and chunk of rows of every task; one chunk a core, chunks outside,
+        where that shares the work out more evenly: each core gets a run of consecutive tasks."""
+        gemm, cores = self.gemm, self.isa.cores
+        batch, panels, chunks = self.extents
+        widths = [min(self.nr, gemm.n - p * self.nr) for p in range(panels)]
+        heights = [min(self.chunk, gemm.m - c * self.chunk) for c in range(chunks)]
+        share = ceil_div(ceil_div(gemm.m, self.mr), cores) * self.mr
+        if self.parallel and batch == 1:
+            longest = longest_share([w * h for w in widths for h in heights], cores)
+            if share * gemm.n < 0.95 * longest:
+                self.chunk = share
+                for c, p in grid((ceil_div(gemm.m, share), panels), True):
+                    yield zero(), p, c
+                return
+        for batch, p, c in grid(self.extents, self.parallel):
+            yield batch, p, c
 
     def _row_chunk(self, most: int) -> int:
         """Rows a task takes, so that there are a few tasks a core."""
@@ -257,6 +275,12 @@ class Panel:
     def store(self, row: Expr, column: int, value: Expr, width: int) -> None:
         """Write a vector of one row."""
         store(self.buffer, self.at + row * self.width + column, value, width)
+
+
+def longest_share(costs: Sequence[int], cores: int) -> int:
+    """The largest sum of `cores` runs of consecutive tasks, the way a parallel loop is cut."""
+    run = ceil_div(len(costs), cores)
+    return max(sum(costs[i : i + run]) for i in range(0, len(costs), run))
 
 
 def balanced_multiple(extent: int, block: int, unit: int) -> int:
