@@ -16,6 +16,7 @@ from pocktvm.autodiff.differentiate import differentiate
 from pocktvm.autodiff.losses import parse_loss
 from pocktvm.autodiff.optimizers import parse_optimizer
 from pocktvm.data import check_data
+from pocktvm.errors import PockError
 from pocktvm.frontend.lora import add_adapters
 from pocktvm.frontend.source import import_model
 from pocktvm.identity import label_inputs
@@ -95,7 +96,7 @@ class Build:
             loss=parse_loss(loss),
             optimizer=parse_optimizer(optimizer or "sgd"),
             target=target if isinstance(target, Target) else load_target(target),
-            limit=parse_bytes(budget) if isinstance(budget, str) else budget,
+            limit=_bytes(budget) if isinstance(budget, str) else budget,
             **others,
         )
 
@@ -129,3 +130,10 @@ class Build:
         model, updated = self.resolve()
         graphs = differentiate(model, updated, self.loss, self.optimizer)
         return tuple(run_passes(graph, self.target) for graph in graphs)
+
+
+def _bytes(budget: str) -> int:
+    try:
+        return parse_bytes(budget)
+    except ValueError as error:
+        raise PockError(f"budget: {error}.") from None

@@ -37,9 +37,9 @@ def load_target(name_or_path: str | Path) -> Target:
     known = sorted(p.stem for p in FOLDER.glob("*.toml"))
     if not text.endswith(".toml") and text not in known:
         near = difflib.get_close_matches(text, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
         raise PockError(
-            f"no target '{text}'; {hint}There are: {', '.join(known)}.\n"
+            f"no target '{text}'{hint} There are: {', '.join(known)}.\n"
             "  `pocktvm targets` describes them; --target FILE.toml takes a file of your own."
         )
     try:

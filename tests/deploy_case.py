@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,10 +113,3 @@ def is_clean(rig: Rig) -> bool:
     """Nothing but whole versions: no lock, nothing half-made."""
     names = {p.name for p in place(rig).iterdir()}
     return names <= {"current", "previous", "versions", "data", "checkpoint.safetensors"}
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)

@@ -12,11 +12,11 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from typer.testing import CliRunner
+from waiting import wait_until
 
 from pocktvm.cli.app import app
 
@@ -125,13 +125,15 @@ class Rig:
         with (self.folder / "sshd.log").open("wb") as log:
             command = [SSHD, "-D", "-e", "-f", str(self.folder / "sshd_config")]
             self._server = subprocess.Popen(command, stderr=log)
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline and self._server.poll() is None:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            time.sleep(0.05)
-        raise RuntimeError(f"sshd does not start: {(self.folder / 'sshd.log').read_text()}")
+        try:
+            wait_until(self._answers, self._server)
+        except AssertionError as error:
+            said = (self.folder / "sshd.log").read_text()
+            raise RuntimeError(f"sshd does not start: {said}") from error
+
+    def _answers(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
 
 def _free_port() -> int:

@@ -129,6 +129,11 @@ def test_bad_losses_are_refused(spec, message):
         parse_loss(spec)
 
 
+def test_a_loss_of_torchs_is_refused_by_name():
+    with pytest.raises(PockError, match="MSELoss is no loss of pocktvm's"):
+        parse_loss(torch.nn.MSELoss())
+
+
 def test_a_loss_prints_as_it_is_parsed():
     for spec in LOSSES:
         assert parse_loss(str(parse_loss(spec))) == parse_loss(spec)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from deploy_case import *  # noqa: F403 (fixtures)
-from deploy_case import current, is_clean, place, wait_until
+from deploy_case import current, is_clean, place
+from waiting import PATIENCE, wait_until
 
 pytestmark = [
     pytest.mark.build,
@@ -25,7 +26,7 @@ def deploy(rig, artifact, *words: object) -> dict:
 
 def ssh_of(client) -> int:
     path = Path(f"/proc/{client.pid}/task/{client.pid}/children")
-    wait_until(lambda: path.read_text().split())
+    wait_until(lambda: path.read_text().split(), client)
     return int(path.read_text().split()[0])
 
 
@@ -37,7 +38,7 @@ def stall(rig, program: str, number: int = 1) -> Path:
     real = f"/usr/bin/{program}" if Path(f"/usr/bin/{program}").exists() else f"/bin/{program}"
     rig.shim(
         program,
-        f'echo >>{calls}\n[ $(wc -l <{calls}) != {number} ] || {{ : >{mark}; sleep 60; }}\n'
+        f'echo >>{calls}\n[ $(wc -l <{calls}) != {number} ] || {{ : >{mark}; sleep 300; }}\n'
         f'exec {real} "$@"',
     )  # fmt: skip
     return mark
@@ -58,9 +59,9 @@ def test_cut(rig, artifact, second, moment):
     first = deploy(rig, artifact)["version"]
     mark = stall(rig, *MOMENTS[moment])
     client = rig.start("deploy", second, "--ssh", "device")
-    wait_until(mark.exists)
+    wait_until(mark.exists, client)
     os.kill(ssh_of(client), signal.SIGKILL)
-    message = client.communicate(timeout=30)[1]
+    message = client.communicate(timeout=PATIENCE)[1]
     assert client.returncode == 1 and "connection to device was lost" in message
     assert (current(rig) == first) == (moment != "after")
     (rig.shims / MOMENTS[moment][0]).unlink()
@@ -71,7 +72,7 @@ def test_cut(rig, artifact, second, moment):
 
 def test_a_client_that_is_killed_leaves_no_trainer(rig, artifact):
     client = rig.start("deploy", artifact, "--ssh", "device", "--steps", 100_000_000)
-    wait_until(lambda: trainers(rig))
+    wait_until(lambda: trainers(rig), client)
     client.kill()
     client.wait()
     wait_until(lambda: not trainers(rig))
@@ -95,10 +96,10 @@ def test_a_user_who_stops_gets_the_checkpoint(rig, artifact, tmp_path):
     saved = tmp_path / "user.safetensors"
     words = ("deploy", artifact, "--ssh", "device", "--steps", 100_000_000, "--fetch", saved)
     client = rig.start(*words)
-    wait_until(lambda: trainers(rig))
+    wait_until(lambda: trainers(rig), client)
     time.sleep(0.3)
     client.send_signal(signal.SIGINT)
-    assert client.wait(30) == 130 and saved.stat().st_size > 100_000
+    assert client.wait(PATIENCE) == 130 and saved.stat().st_size > 100_000
     done = rig.cli("run", artifact, "--resume", saved, "--steps", 1, "--json")
     assert json.loads(done.stdout)["steps"] > 1
 
@@ -106,7 +107,7 @@ def test_a_user_who_stops_gets_the_checkpoint(rig, artifact, tmp_path):
 def test_two_deployments_do_not_interleave(rig, artifact, second):
     mark = stall(rig, "tar")
     client = rig.start("deploy", artifact, "--ssh", "device")
-    wait_until(mark.exists)
+    wait_until(mark.exists, client)
     said = rig.cli("deploy", second, "--ssh", "device", code=1).stderr
     assert "another deployment of this model to device is under way" in said and "rm " in said
     client.kill()
@@ -133,7 +134,7 @@ def test_cut_at_random(rig, artifact, second, seed):
     time.sleep(chance.uniform(0.2, 3))
     victim = client.pid if seed % 2 else (children(client.pid) or [client.pid])[0]
     os.kill(victim, signal.SIGKILL)
-    client.communicate(timeout=60)
+    client.communicate(timeout=PATIENCE)
     assert (place(rig) / "current/model.so").is_file()
     version = deploy(rig, second, "--steps", 3)["version"]
     assert current(rig) == version != first and is_clean(rig)

@@ -14,6 +14,7 @@ import pytest
 import runtime_case as case
 from runtime_fixtures import artifact, emulator, run
 from safetensors.numpy import load_file, save_file
+from waiting import PATIENCE, wait_until
 
 from pocktvm.errors import PockError
 from pocktvm.runtime.trainer import load
@@ -208,9 +209,7 @@ def test_killed_at_any_moment_it_resumes_where_the_checkpoint_is(folder, tmp_pat
     whole = run(folder, "--steps", 100)["losses"]
     for _ in range(5):
         child = _start(folder, "--steps", 10**9, "--save", path, "--save-every", "1ms")
-        deadline = time.monotonic() + 20
-        while not path.exists() and time.monotonic() < deadline:
-            time.sleep(0.001)
+        wait_until(path.exists, child, every=0.001)
         child.kill()
         child.communicate()
         done = run(folder, "--steps", 0, "--resume", path)
@@ -224,7 +223,7 @@ def test_a_hundred_kills_later_the_weights_are_the_unbroken_runs(folder, tmp_pat
     """SIGKILL at random moments, start-up and the writing of checkpoints among them."""
     chance, broken, whole = random.Random(0), tmp_path / "broken", tmp_path / "whole"
     kills = found = 0
-    while kills < 100:
+    while kills < 100 or found <= 100:  # as many as it takes: how far one gets is the machine's
         resume = ("--resume", broken) if broken.exists() else ()
         options = ("--steps", 10**9, "--save", broken, "--save-every", "2ms", *resume)
         child = subprocess.Popen([folder / "pocktvm-run", folder, *map(str, options)])
@@ -237,7 +236,6 @@ def test_a_hundred_kills_later_the_weights_are_the_unbroken_runs(folder, tmp_pat
             reached = run(folder, "--steps", 0, "--resume", broken)["steps"]
             assert reached >= found
             found = reached
-    assert found > 100
     total = found + 1000
     run(folder, "--steps", total, "--resume", broken, "--save", broken)
     run(folder, "--steps", total, "--save", whole)
@@ -248,7 +246,7 @@ def test_it_ends_cleanly_when_asked_to(folder, tmp_path):
     path = tmp_path / "c"
     child = _start(folder, "--steps", 10**9, "--save", path)
     child.send_signal(signal.SIGTERM)
-    child.communicate(timeout=20)
+    child.communicate(timeout=PATIENCE)
     assert child.returncode == 128 + signal.SIGTERM
     assert run(folder, "--steps", 0, "--resume", path)["steps"] > 0
 
@@ -257,12 +255,9 @@ def test_it_dies_with_its_parent(folder):
     script = (
         f"{folder}/pocktvm-run {folder} --steps 1000000000 --die-with-parent & echo $!; sleep 0.5"
     )
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=20)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=PATIENCE)
     pid = int(done.stdout.split()[0])
-    deadline = time.monotonic() + 5
-    while _alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not _alive(pid)
+    wait_until(lambda: not _alive(pid))
 
 
 def _alive(pid):

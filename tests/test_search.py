@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +15,7 @@ import pytest
 import torch
 from test_channels import KINDS, assert_slices_equal, kinds, parts_of, torch_slices
 from typer.testing import CliRunner
+from waiting import wait_until
 
 import pocktvm
 from pocktvm.autodiff.losses import parse_loss
@@ -346,10 +346,7 @@ def test_a_killed_analysis_goes_on(tmp_path):
         "--minutes", "2", "--analysis", str(table), "--json",
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    for _ in range(30000):
-        if table.is_file() and table.read_bytes().count(b"\n") >= 4:
-            break
-        time.sleep(0.01)
+    wait_until(lambda: table.is_file() and table.read_bytes().count(b"\n") >= 4, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     kept = Table.read(table).rows

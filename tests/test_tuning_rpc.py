@@ -5,9 +5,9 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
+from waiting import wait_until
 
 from pocktvm.tuning.candidate import build_candidate
 from pocktvm.tuning.runner_rpc import RpcRunner
@@ -34,13 +34,6 @@ def registered(port: int) -> int:
     return summary["queue_info"].get("board", {}).get("free", 0)
 
 
-def wait_until(condition, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "tracker or servers did not start"
-        time.sleep(0.5)
-
-
 @pytest.fixture
 def board():
     """(port, servers): a tracker and two servers with the key `board`."""
@@ -58,7 +51,7 @@ def board():
             str(port + 1),
         ]
     )
-    wait_until(lambda: answers(port))
+    wait_until(lambda: answers(port), every=0.5)
     servers = [
         subprocess.Popen(
             [*module, "tvm.exec.rpc_server", "--host", "127.0.0.1", "--port",
@@ -67,7 +60,7 @@ def board():
         )
         for _ in range(2)
     ]  # fmt: skip
-    wait_until(lambda: registered(port) == 2)
+    wait_until(lambda: registered(port) == 2, every=0.5)
     yield port, servers
     for process in (tracker, *servers):
         process.kill()

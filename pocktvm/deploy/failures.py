@@ -79,7 +79,7 @@ def ssh_failure(host: str, errors: Sequence[str], stage: str | None, code: int) 
     said = [
         line for line in errors if line and not line.startswith(("debug", "**", "Warning: Perm"))
     ]
-    last = "\n".join(f"  ssh: {line}" for line in said[-3:])
+    last = "\n".join(f"  ssh: {line.removeprefix('ssh: ')}" for line in said[-3:])
     if stage is not None:
         return PockError(
             f"the connection to {host} was lost (at: {stage}); what is deployed there is unchanged "

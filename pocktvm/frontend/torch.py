@@ -40,7 +40,8 @@ def import_torch(
     converter (all of them listed), and when the model does not return one float32 tensor.
     """
     if not isinstance(module, nn.Module):
-        raise PockError(f"import_torch takes an nn.Module, not {type(module).__name__}.")
+        kind = type(module).__name__
+        raise PockError(f"the model is an nn.Module or the path of an .onnx file, not {kind}.")
     args, kwargs = _arguments(example_inputs)
     notices: list[str] = []
     program_module = _inference_copy(module, notices, dropout)

@@ -21,6 +21,12 @@ def parse_options(
     `defaults` maps every name there is to its options. Raises PockError for an unknown name or
     option, and for a value of another type than the default's.
     """
+    if not isinstance(text, str):
+        what = text.__name__ if isinstance(text, type) else type(text).__name__
+        raise PockError(
+            f"{what} is no {kind} of pocktvm's: give its name as text, with options after a "
+            f"colon.\n  There are: {_list(defaults)}."
+        )
     name, _, rest = text.strip().partition(":")
     if name not in defaults:
         raise PockError(
