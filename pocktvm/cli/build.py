@@ -20,10 +20,6 @@ from pocktvm.manifest import MANIFEST, STAMP, read_manifest, sha256, summary
 if TYPE_CHECKING:
     from pocktvm.ir.target import Target
 
-Budget = Annotated[
-    int | None,
-    typer.Option(parser=options.size, metavar="SIZE", help="bound of total_bytes: 64MB, 64MiB"),
-]
 Rate = Annotated[
     float | None,
     typer.Option(parser=options.rate, metavar="X", help="stored default learning rate"),
@@ -44,7 +40,7 @@ def build(
     loss: Annotated[str | None, typer.Option(help="cross_entropy, mse, …, none")] = None,
     optimizer: Annotated[str, typer.Option(help="sgd, momentum, adam, …, with :options")] = "sgd",
     lr: Rate = None,
-    budget: Budget = None,
+    budget: options.Budget = None,
     threads: Annotated[int | None, typer.Option(min=1, help="default number of threads")] = None,
     dropout: Annotated[bool, typer.Option("--dropout", help="the step drops, seeded")] = False,
     resample: Annotated[

@@ -30,9 +30,6 @@ Host = Annotated[
         help="as ssh takes it; its configuration, keys and known hosts are used",
     ),
 ]  # fmt: skip
-Rate = Annotated[
-    float | None, typer.Option(parser=options.rate, metavar="X", help="learning rate, per step")
-]
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def deploy(
         Path | None, typer.Option(help="train there on this; as `run` takes it")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="train there for N steps")] = None,
-    lr: Rate = None,
+    lr: options.StepRate = None,
     threads: Annotated[int | None, typer.Option(min=1, help="threads of the trainer")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="order of the samples, masks")] = None,
     resample: Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -41,3 +41,12 @@ def refuse(parse: Callable[[str], Any], text: Any) -> Any:
         return parse(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+Budget = Annotated[
+    int | None,
+    typer.Option(parser=size, metavar="SIZE", help="bound of total_bytes: 64MB, 64MiB"),
+]
+StepRate = Annotated[
+    float | None, typer.Option(parser=rate, metavar="X", help="learning rate, per step")
+]

@@ -22,9 +22,6 @@ from pocktvm.errors import InternalError, PockError
 from pocktvm.files import check_file
 from pocktvm.manifest import check_files, emulator_of, manifest_inputs, read_manifest
 
-Rate = Annotated[
-    float | None, typer.Option(parser=options.rate, metavar="X", help="learning rate, per step")
-]
 Every = Annotated[
     float | None,
     typer.Option(parser=options.seconds, metavar="TIME", help="save this often: 1s, 500ms"),
@@ -35,7 +32,7 @@ def run(
     artifact: Annotated[Path, typer.Argument(help="an artifact's folder")],
     data: Annotated[Path | None, typer.Option(help="safetensors, npz, or a folder of npy")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="total, resumed steps included")] = None,
-    lr: Rate = None,
+    lr: options.StepRate = None,
     threads: Annotated[int | None, typer.Option(min=1, help="threads of the trainer")] = None,
     pin: Annotated[bool, typer.Option("--pin", help="each thread keeps to a core")] = False,
     save: Annotated[Path | None, typer.Option(help="checkpoint to write, at the end too")] = None,

@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from pocktvm.search.auto import Found
 
 METHODS = ("finetune", "fisher", "grad-norm")
-Budget = Annotated[
-    int | None,
-    typer.Option(parser=options.size, metavar="SIZE", help="bound of total_bytes: 64MB, 64MiB"),
-]
 Time = Annotated[
     float | None,
     typer.Option(parser=options.seconds, metavar="TIME", help="bound of a step's time: 20ms"),
@@ -31,7 +27,7 @@ def scheme(
     data: Annotated[Path, typer.Option(help="safetensors, npz, or a folder of npy")],
     model: Annotated[str, typer.Argument(help="as for build")] = "mobilenetv2",
     target: Annotated[str, typer.Option(help="a name of `pocktvm targets`, or a TOML")] = "host",
-    budget: Budget = None,
+    budget: options.Budget = None,
     step_time: Time = None,
     method: Annotated[str, typer.Option(help="finetune, fisher or grad-norm")] = "finetune",
     only: Annotated[list[str] | None, typer.Option(help="patterns: weights that may learn")] = None,

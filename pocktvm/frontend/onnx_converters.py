@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pocktvm.frontend.converters.registry import const, dtype_of, shape_of
 from pocktvm.tvm_api import relax, tvm
 
 UNBOUNDED = {"float32": (-3.4028235e38, 3.4028235e38), "int": (-(2**31), 2**31 - 1)}
@@ -69,21 +70,6 @@ def converts(*names: str) -> Callable[[Converter], Converter]:
 def is_const(expr: Any) -> bool:
     """A value known at build time."""
     return isinstance(expr, tvm.ir.expr.GenericConst)
-
-
-def shape_of(expr: Any) -> list[int]:
-    """The static shape of a Relax expression."""
-    return [int(d) for d in expr.ty.shape.values]
-
-
-def dtype_of(expr: Any) -> str:
-    """The element type of a Relax expression."""
-    return str(getattr(expr.ty.dtype, "dtype", expr.ty.dtype))
-
-
-def const(value: Any, dtype: str) -> Any:
-    """A Relax constant."""
-    return relax.const(np.asarray(value, dtype), dtype)
 
 
 # Elementwise -----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pocktvm.schedule.rule import Task
 from pocktvm.tvm_api import IRBuilder, T, tirx, tvm_target
 
 Expr = Any  # a TIR expression
+LOWEST = -3.4028234663852886e38  # not -inf: the code generator may assume there is none
 
 
 @dataclass

@@ -37,7 +37,7 @@ def shape_of(expr: Any) -> list[int]:
 
 def dtype_of(expr: Any) -> str:
     """The element type of a Relax expression."""
-    return str(expr.ty.dtype.dtype)
+    return str(getattr(expr.ty.dtype, "dtype", expr.ty.dtype))
 
 
 def const(value: Any, dtype: str) -> Any:

@@ -10,16 +10,9 @@ import math
 from typing import Any
 
 from pocktvm.schedule import vector_math as vm
-from pocktvm.schedule.emit import Context, build, const, load, store
+from pocktvm.schedule.emit import LOWEST, Context, build, const, load, store
 from pocktvm.schedule.gpu.base import GpuRule
-from pocktvm.schedule.gpu.launch import (
-    BLOCK,
-    block_fold,
-    blocks,
-    power_of_two,
-    stride_loop,
-    strided_fold,
-)
+from pocktvm.schedule.gpu.launch import BLOCK, blocks, power_of_two, shared_fold, stride_loop
 from pocktvm.schedule.loops import ceil_div
 from pocktvm.schedule.row import add
 from pocktvm.schedule.rule import Emitted, Task
@@ -29,7 +22,6 @@ from pocktvm.schedule.rules.cross_entropy import CrossEntropyGrad as CpuCrossEnt
 from pocktvm.tvm_api import T, tirx
 
 Expr = Any
-LOWEST = -3.4028234663852886e38
 
 
 class BlockClassRows(ClassRows):
@@ -41,9 +33,9 @@ class BlockClassRows(ClassRows):
 
     def reduce(self, r: Expr, value: Any, combine: Any, start: float) -> Expr:
         """Combine over the classes of a row."""
-        own = strided_fold(self.thread, self.classes, self.threads, lambda c: value(c, 1), combine,
-                           start)  # fmt: skip
-        return block_fold(self.thread, self.threads, own, combine, "float32")
+        return shared_fold(
+            self.thread, self.threads, self.classes, lambda c: value(c, 1), combine, start
+        )
 
     def statistics(self, r: Expr, into: Any = None) -> tuple[Expr, Expr]:
         """(maximum, sum of exponentials) of a row."""
@@ -105,8 +97,7 @@ class CrossEntropy(GpuRule):
 
 
 def _sum(buffer: Any, base: int, count: int, thread: Expr) -> Expr:
-    own = strided_fold(thread, count, BLOCK, lambda i: load(buffer, base + i, 1), add, 0.0)
-    return block_fold(thread, BLOCK, own, add, "float32")
+    return shared_fold(thread, BLOCK, count, lambda i: load(buffer, base + i, 1), add, 0.0)
 
 
 class CrossEntropyGrad(GpuRule):
@@ -147,8 +138,7 @@ class CrossEntropyGrad(GpuRule):
             label, counts = rows.row(r)
             return rows.weight(label) * counts
 
-        own = strided_fold(thread, rows.count, BLOCK, weight, add, 0.0)
-        total = block_fold(thread, BLOCK, own, add, "float32")
+        total = shared_fold(thread, BLOCK, rows.count, weight, add, 0.0)
         rows.share(thread, BLOCK)
         every = const(float(rows.classes))
         if rows.weights is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pocktvm.schedule.emit import Context, build, const, load, local, store
 from pocktvm.schedule.gpu.base import GpuRule
-from pocktvm.schedule.gpu.launch import block_fold, blocks, power_of_two, strided_fold, threads
+from pocktvm.schedule.gpu.launch import blocks, power_of_two, shared_fold, threads
 from pocktvm.schedule.loops import ceil_div
 from pocktvm.schedule.rule import Emitted, Task
 from pocktvm.schedule.rules.embedding import Table, describe_table, index_input
@@ -87,8 +87,7 @@ class TakeGrad(GpuRule):
                 def same(j: Expr, row: Expr = row) -> Expr:
                     return tirx.Cast("int32", row_of(j).equal(row))
 
-                before = strided_fold(thread, i, width, same, larger, 0, "int32")
-                named = block_fold(thread, width, before, larger, "int32")
+                named = shared_fold(thread, width, i, same, larger, 0, "int32")
                 owner = tirx.And(named.equal(0), tirx.And(c < t.inner, tirx.NE(row, skipped)))
                 with T.If(owner), T.Then():
                     self._add(ctx, t, o, i, c, row, row_of)

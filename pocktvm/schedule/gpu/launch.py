@@ -91,6 +91,20 @@ def block_fold(
     return T.bind(load(scratch, 0, 1))
 
 
+def shared_fold(
+    thread: Expr,
+    count: int,
+    stop: Expr,
+    value: Callable[[Expr], Expr],
+    combine: Callable[[Expr, Expr], Expr],
+    first: float,
+    dtype: str = "float32",
+) -> Expr:
+    """Combine value(i) for every i below `stop`, dealt out to the `count` threads of a block."""
+    own = strided_fold(thread, stop, count, value, combine, first, dtype)
+    return block_fold(thread, count, own, combine, dtype)
+
+
 def tree(
     scratch: Any, at: Expr, count: int, apart: int, combine: Callable[[Expr, Expr], Expr]
 ) -> None:

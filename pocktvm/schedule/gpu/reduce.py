@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from pocktvm.schedule.emit import Context, build, const
+from pocktvm.schedule.emit import LOWEST, Context, build, const
 from pocktvm.schedule.expression import Position, evaluate, finish, load_operand
 from pocktvm.schedule.gpu.base import GpuRule
 from pocktvm.schedule.gpu.elementwise import place
@@ -41,7 +41,7 @@ class Reduce(GpuRule):
         combine, starts = COMBINE[plan.node.op]
         first = starts[out.dtype]
         if out.dtype == "float32" and math.isinf(first):
-            first = math.copysign(3.4028234663852886e38, first)
+            first = math.copysign(LOWEST, first)
 
         def body(ctx: Context) -> None:
             inner, outer = replace(ctx, task=plan.inner), replace(ctx, task=plan.outer)

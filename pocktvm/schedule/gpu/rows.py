@@ -12,16 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pocktvm.schedule import vector_math as vm
-from pocktvm.schedule.emit import Context, build, load, store
+from pocktvm.schedule.emit import LOWEST, Context, build, load, store
 from pocktvm.schedule.gpu.base import GpuRule
-from pocktvm.schedule.gpu.launch import (
-    BLOCK,
-    block_fold,
-    blocks,
-    power_of_two,
-    stride_loop,
-    strided_fold,
-)
+from pocktvm.schedule.gpu.launch import BLOCK, blocks, power_of_two, shared_fold, stride_loop
 from pocktvm.schedule.loops import ceil_div
 from pocktvm.schedule.row import add
 from pocktvm.schedule.rule import Emitted, Task
@@ -30,7 +23,6 @@ from pocktvm.schedule.rules.rows import RowOperators as CpuRowOperators
 from pocktvm.tvm_api import T, tirx
 
 Expr = Any
-LOWEST = -3.4028234663852886e38
 
 
 @dataclass
@@ -41,9 +33,9 @@ class BlockRows(Rows):
     count: int = BLOCK
 
     def _fold(self, value: Callable[[Expr, int], Expr], combine: Any, first: float) -> Expr:
-        own = strided_fold(self.thread, self.extent, self.count, lambda i: value(i, 1), combine,
-                           first)  # fmt: skip
-        return block_fold(self.thread, self.count, own, combine, "float32")
+        return shared_fold(
+            self.thread, self.count, self.extent, lambda i: value(i, 1), combine, first
+        )
 
     def sum(self, value: Callable[[Expr, int], Expr]) -> Expr:
         """sum_i value(i, 1) over a row."""

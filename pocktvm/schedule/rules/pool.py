@@ -12,7 +12,7 @@ from typing import Any
 
 from pocktvm.schedule import emit
 from pocktvm.schedule.depthwise import Vectors, each_block
-from pocktvm.schedule.emit import Context
+from pocktvm.schedule.emit import LOWEST, Context
 from pocktvm.schedule.expression import Position, finish
 from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.rule import Emitted, Knob, Task
@@ -22,7 +22,6 @@ from pocktvm.tvm_api import T, tirx
 
 Expr = Any
 Span = tuple[Expr, Expr]
-LOWEST = -3.4028234663852886e38  # not -inf: the code generator may assume there is none
 VECTORS = 4  # channel vectors at a time: independent sums hide the latency of each
 
 

@@ -13,7 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pocktvm.schedule import vector_math as vm
-from pocktvm.schedule.emit import Context, build, const, load, splat, store, vector_loop, vectors
+from pocktvm.schedule.emit import (
+    LOWEST,
+    Context,
+    build,
+    const,
+    load,
+    splat,
+    store,
+    vector_loop,
+    vectors,
+)
 from pocktvm.schedule.loops import grid, worth_threads
 from pocktvm.schedule.row import Combine, add, reduce_row, row_sum_exp
 from pocktvm.schedule.rule import Emitted, Knob, Task
@@ -21,7 +31,6 @@ from pocktvm.tvm_api import T, tirx
 
 Expr = Any
 Value = Callable[[Expr, int], Expr]  # (first element, width) -> a vector of a row
-LOWEST = -3.4e38
 WORK = {"softmax": 40, "log_softmax": 30, "log_softmax_grad": 30}  # instructions an element
 
 
