@@ -262,6 +262,7 @@ def _match(mapping: Mapping[str, Any], model: Model, label: str) -> dict[str, An
 
 
 def no_match(pattern: str, model: Model, label: str) -> str:
+    """What to say of a pattern that names no parameter: the nearest names."""
     names = [n for name, p in model.parameters.items() for n in (name, *p.aliases)]
     bare = pattern.replace("*", "")
     near = difflib.get_close_matches(bare, names, n=3, cutoff=0.0)
@@ -273,6 +274,7 @@ def no_match(pattern: str, model: Model, label: str) -> str:
 
 
 def under(prefixes: Iterable[str]) -> Chooses:
+    """Chooses the modules of these names and all that is in them."""
     fixed = tuple(prefixes)
     return lambda name: any(name == p or name.startswith(p + ".") for p in fixed)
 
@@ -327,6 +329,7 @@ def _in_classifier(model: Model) -> Chooses:
 
 
 def last_blocks(model: Model, count: int, label: str) -> tuple[str, ...]:
+    """Names of the last `count` blocks. PockError, naming the scheme, where there are fewer."""
     if count > len(model.blocks):
         has = f"{len(model.blocks)} blocks" if model.blocks else "no repeated blocks"
         fix = f"Use at most {len(model.blocks)}, or 'full'." if model.blocks else "Name tensors."

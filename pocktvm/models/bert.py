@@ -75,6 +75,7 @@ class Layer(nn.Module):
         self.ln2 = nn.LayerNorm(dim, eps=EPS)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x (N, T, D) to the same; `mask` (N, 1, 1, T), true where a token is."""
         batch, length, dim = x.shape
         heads = (batch, length, self.heads, dim // self.heads)
         q, k, v = (f(x).view(heads).transpose(1, 2) for f in (self.q, self.k, self.v))
@@ -114,6 +115,7 @@ class Encoder(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (N, T) to logits (N, classes)."""
         x = self.tok(ids) + self.pos.weight[: ids.shape[1]]
         if self.typ is not None:
             x = x + self.typ.weight[0]

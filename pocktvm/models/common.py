@@ -143,6 +143,7 @@ class SameConv2d(nn.Conv2d):
     """A convolution with TensorFlow's SAME padding: the odd row goes right and below."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, O, ceil(H / stride), ceil(W / stride))."""
         pad = []
         for size, kernel, stride in zip(
             (x.shape[-1], x.shape[-2]), self.kernel_size[::-1], self.stride[::-1], strict=True

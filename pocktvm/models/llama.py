@@ -55,6 +55,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x / rms(x) * weight over the last axis."""
         return F.rms_norm(x, (x.shape[-1],), self.weight, EPS)
 
 
@@ -87,6 +88,7 @@ class Layer(nn.Module):
         self.w2 = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (N, T, D) to the same; cos and sin (T, head_dim / 2)."""
         batch, length, dim = x.shape
         heads = (batch, length, -1, self.head_dim)
         y = self.n1(x)
@@ -132,6 +134,7 @@ class Llama(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (N, T) to logits (N, vocabulary, T), the class axis where torch wants it."""
         x, length = self.tok(ids), ids.shape[1]
         cos, sin = self.cos[:length], self.sin[:length]
         for block in self.blocks:

@@ -72,6 +72,7 @@ class MCUNet(nn.Module):
         self.fc = nn.Linear(inputs[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (N, 3, H, W) to logits (N, classes)."""
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)

@@ -23,6 +23,7 @@ class Layer(nn.Module):
         self.act = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs) to (N, outputs)."""
         return self.act(self.linear(x))
 
 
@@ -37,6 +38,7 @@ class MLP(nn.Module):
         self.fc = nn.Linear(hidden, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs) to (N, classes)."""
         for block in self.blocks:
             x = block(x)
         return self.fc(x)

@@ -72,6 +72,7 @@ class InvertedResidual(nn.Module):
         self.pw2 = ConvNorm(hidden, outputs, act=None, **norm)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, O, H / stride, W / stride)."""
         y = x if self.pw1 is None else self.pw1(x)
         y = self.pw2(self.dw(y))
         return x + y if self.residual else y
@@ -98,6 +99,7 @@ class MobileNetV2(nn.Module):
         self.fc = nn.Linear(last, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (N, 3, H, W) to logits (N, classes)."""
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)

@@ -42,6 +42,7 @@ class Basic(nn.Module):
         self.down = _projection(inputs, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, O, H / stride, W / stride)."""
         y = self.c2(self.c1(x))
         return F.relu(y + (x if self.down is None else self.down(x)))
 
@@ -60,6 +61,7 @@ class Bottleneck(nn.Module):
         self.down = _projection(inputs, outputs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, O, H / stride, W / stride)."""
         y = self.c3(self.c2(self.c1(x)))
         return F.relu(y + (x if self.down is None else self.down(x)))
 
@@ -86,6 +88,7 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(inputs, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (N, 3, H, W) to logits (N, classes)."""
         x = F.max_pool2d(self.stem(x), 3, 2, 1)
         for block in self.blocks:
             x = block(x)

@@ -39,6 +39,7 @@ class Layer(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (N, T, D) to the same."""
         batch, length, dim = x.shape
         heads = (batch, length, self.heads, dim // self.heads)
         parts = self.qkv(self.norm1(x)).chunk(3, -1)
@@ -65,6 +66,7 @@ class ViT(nn.Module):
             nn.init.normal_(parameter, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (N, 3, H, W) to logits (N, classes), read from the class token."""
         x = self.patch(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
         for block in self.blocks:

@@ -22,16 +22,35 @@ Batch = Sequence[tuple[np.ndarray, int]]  # arrays in C order with their pocktvm
 class Backend(Protocol):
     """What a trainer needs of a library; see runtime/c/pocktvm.h."""
 
-    def step(self, batch: Batch, lr: float) -> float: ...
-    def predict(self, batch: Batch, shape: tuple[int, ...]) -> np.ndarray: ...
-    def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray: ...
-    def set(self, name: str, value: np.ndarray) -> None: ...
-    def select(self, name: str, indices: np.ndarray) -> None: ...
-    def resample(self, seed: int) -> None: ...
-    def save(self, path: str) -> None: ...
-    def load(self, path: str) -> None: ...
-    def info(self) -> dict[str, int]: ...
-    def close(self) -> None: ...
+    def step(self, batch: Batch, lr: float) -> float:
+        """The loss of one training step; shapes were checked."""
+
+    def predict(self, batch: Batch, shape: tuple[int, ...]) -> np.ndarray:
+        """The output, float32 of `shape`."""
+
+    def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A copy of a tensor in the arena, by name, torch's shape."""
+
+    def set(self, name: str, value: np.ndarray) -> None:
+        """Replace a tensor in the arena."""
+
+    def select(self, name: str, indices: np.ndarray) -> None:
+        """The channels (int32, increasing) that learn of a tensor from now on."""
+
+    def resample(self, seed: int) -> None:
+        """A random choice of channels for every tensor that has one."""
+
+    def save(self, path: str) -> None:
+        """Write a checkpoint, whole or not at all."""
+
+    def load(self, path: str) -> None:
+        """Read a checkpoint; nothing changes where it does not fit."""
+
+    def info(self) -> dict[str, int]:
+        """steps, threads, rss_open_bytes."""
+
+    def close(self) -> None:
+        """Let go of the arena and the threads."""
 
 
 def raise_status(status: int, message: str) -> None:
