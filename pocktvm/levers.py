@@ -35,14 +35,16 @@ Planned = tuple[Kernels, MemoryPlan]
 ATTEMPTS = 6  # compile, look at the plan, shrink by what is missing
 ROUNDS, SECONDS = 6, 16.0  # of measuring: turns of either artifact, and how long all take, about
 TOLERABLE = 1.15  # of a step's time: below that recomputation alone is taken without a look around
+CALLS = 5000  # of a step in parts: more make the build take minutes
 MARGIN = 1.002  # packing loses a little of what a lower peak gains
 
 
 @dataclass(frozen=True)
 class Trade:
     """Bytes against time. `flops` and `seconds` are what a step has more of, `step_*` what it has
-    without; `measured`: the seconds are this machine's, otherwise a roofline's. Measured, `seconds`
-    may be negative: what a smaller arena saves in cache misses can outweigh the work."""
+    without; `measured`: the seconds are this machine's, of one thread's processor time, otherwise a
+    roofline's for the whole device. Measured, `seconds` may be negative: what a smaller arena saves
+    in cache misses can outweigh the work."""
 
     parts: int
     kernels: int
@@ -58,7 +60,7 @@ class Trade:
         return {**vars(self), "text": str(self)}
 
     def __str__(self) -> str:
-        how = "measured" if self.measured else "estimated"
+        how = "measured on one thread" if self.measured else "estimated"
         done = [f"the batch runs in {self.parts} parts"] if self.parts > 1 else []
         done += [f"{self.kernels} kernels run twice"] if self.kernels else []
         return (
@@ -137,7 +139,8 @@ def _chosen(
     in_parts: Callable[[int], Graph | None], batch: int,
 ) -> tuple[int, tuple[Graph, ...]]:  # fmt: skip
     """(parts, programs) of the quickest step that fits by estimate, or of the smallest. Parts are
-    looked at only where the whole batch does not fit or costs too much."""
+    looked at only where the whole batch does not fit or costs too much, and only as many as leave
+    what must be kept, shrunk as far as the whole batch was, within the limit."""
 
     def score_of(programs: tuple[Graph, ...]) -> tuple[int, float]:
         return max(0, _total(programs) - limit), _seconds(programs[0], target)
@@ -146,7 +149,7 @@ def _chosen(
     best, found = score_of(now), (1, now)
     if best[0] == 0 and best[1] <= TOLERABLE * plain:
         return found
-    for parts in (p for p in range(2, batch + 1) if batch % p == 0):
+    for parts in _counts(graphs[0], now, limit, batch):
         if (step := in_parts(parts)) is None:
             break
         now = shrunk((step, *graphs[1:]), limit, target)
@@ -155,6 +158,28 @@ def _chosen(
         if score[0] == 0:
             break  # more parts keep less and cost more
     return found
+
+
+def _counts(step: Graph, whole: tuple[Graph, ...], limit: int, batch: int) -> list[int]:
+    """Numbers of equal parts worth a look, where `whole` is what not parting comes to: those with
+    which the limit is in reach, or the largest where it is with none."""
+    least = max(peak(g) for g in whole)
+    room, sums = least - (_total(whole) - limit), _sums(step)
+    counts = [p for p in range(2, batch + 1) if batch % p == 0 and p * len(step.nodes) <= CALLS]
+    within = [p for p in counts if sums + least / p <= room]
+    return within or [p for p in counts[-1:] if sums + least / p < least]
+
+
+def _sums(step: Graph) -> int:
+    """Bytes of a gradient for everything that learns: what a step in parts keeps from the first
+    part to the last."""
+    total = 0.0
+    for param in step.params.values():
+        if param.kind == "trained":
+            axis, indices = param.part or (0, ())
+            share = len(indices) / param.torch_shape[axis] if param.part else 1.0
+            total += share * param.value.nbytes
+    return int(total)
 
 
 def _seconds(graph: Graph, target: Target) -> float:
@@ -192,6 +217,8 @@ def measured(trade: Trade, folder: Path, plain: Path) -> Trade:
     artifact and of the one without levers, by turns. What cannot be run here stays an estimate.
 
     A profile of the calls that run twice would say too much: a smaller arena saves cache misses.
+    One thread's processor time is what a busy machine gives too, where the clock on the wall says
+    twice as much.
     """
     times: dict[Path, list[float]] = {folder: [], plain: []}
     steps = 3
@@ -210,10 +237,10 @@ def measured(trade: Trade, folder: Path, plain: Path) -> Trade:
 
 
 def _step_ms(folder: Path, steps: int) -> float:
-    """The median of some steps of an artifact; 0 where it cannot run."""
+    """One thread's median over some steps of an artifact; 0 where it cannot run."""
     command = [str(folder / "pocktvm-run"), str(folder), "--steps", str(steps), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return 0.0 if done.returncode else float(json.loads(done.stdout)["step_ms_median"])
+    done = subprocess.run([*command, "--threads", "1"], capture_output=True, text=True, check=False)
+    return 0.0 if done.returncode else float(json.loads(done.stdout)["step_cpu_ms_median"])
 
 
 def _tell(folder: Path, facts: Mapping[str, Any]) -> None:

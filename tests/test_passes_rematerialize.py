@@ -103,7 +103,7 @@ def test_random_graphs_keep_their_numbers(graph, share):
 @pytest.mark.parametrize("model", ["mobilenetv2", "bert"])
 def test_a_build_with_a_budget_trains_as_torch(model):
     """Two thirds of the arena beside the weights, ten of torch's steps."""
-    work = Work.of(*REDUCED[model][:1], 16)
+    work = Work.of(*REDUCED[model][:1], 8)
     options = dict(scheme="full", optimizer=pocktvm.SGD(lr=1e-3), published=work.source.scheme)
     module, inputs = work.source.module, work.source.example_inputs
     plain = pocktvm.compile(module, inputs, **options).plan

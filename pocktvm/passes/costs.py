@@ -1,6 +1,7 @@
 """What a node costs: FLOPs from its operators, seconds by a plain roofline.
 
-Good for comparing nodes of one graph on one device, not for promising milliseconds.
+Good for comparing nodes of one graph on one device, not for promising milliseconds: rates are those
+of profiles on one x86-64 core (docs/memory.md), as shares of what a core's two FMA a cycle give.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from collections.abc import Mapping
 from pocktvm.ir.graph import Node, Value
 from pocktvm.ir.target import Target
 
-CLOCK, EFFICIENCY = 1.8e9, 0.5  # of a core's two FMA per cycle: what rules reach on the average
-BANDWIDTH = 8e9  # bytes per second, all cores together
+CLOCK = 1.8e9
+DENSE, DEPTHWISE, OTHER = 0.85, 0.2, 0.5  # of a core's two FMA per cycle, by family
+BANDWIDTH = 12e9  # bytes per second, all cores together
 LAUNCH = 2e-6  # seconds of a call whatever it does
 _PER_ELEMENT = {"exp": 20, "tanh": 25, "sigmoid": 22, "erf": 30, "gelu": 35, "gelu_tanh": 35,
                 "gelu_grad": 50, "silu": 24, "silu_grad": 30, "softmax": 30, "log_softmax": 30,
@@ -31,8 +33,18 @@ def nbytes(node: Node, values: Mapping[str, Value]) -> int:
 def seconds(node: Node, values: Mapping[str, Value], target: Target | None = None) -> float:
     """About how long the node takes."""
     isa = target.isa if target is not None else None
-    peak = (isa.lanes * isa.cores if isa else 16) * 4 * CLOCK * EFFICIENCY
-    return LAUNCH + max(flops(node, values) / peak, nbytes(node, values) / BANDWIDTH)
+    peak = (isa.lanes * isa.cores if isa else 16) * 4 * CLOCK
+    arithmetic = sum(flops(n, values) / _share(n) for n in node.kernel_nodes()) / peak
+    return LAUNCH + max(arithmetic, nbytes(node, values) / BANDWIDTH)
+
+
+def _share(node: Node) -> float:
+    """Of the peak, what kernels of this family reach."""
+    if node.op == "matmul":
+        return DENSE
+    if node.op.startswith("conv2d"):
+        return DENSE if node.attrs.get("groups", 1) == 1 else DEPTHWISE
+    return OTHER
 
 
 def _flops(node: Node, values: Mapping[str, Value]) -> int:

@@ -11,7 +11,9 @@ Greedy: of all nodes whose results wait over a gap in which too many bytes live,
 most bytes over the limit taken away per second added is cloned in front of its first late reader;
 again, until the peak is under the limit. Operands of a clone that are gone by then either live
 longer, which counts, or are made again with it, up to DEPTH kernels back (attention's weights from
-queries and keys). At the end every choice that is not needed after all is taken back.
+queries and keys). At the end every choice that is not needed after all is taken back. What one
+clone gains shrinks as others are made, so nodes wait in a heap by what they were last worth, and
+only the first of it is weighed again (Minoux 1978); all are every REFRESH choices.
 
 Runs on groups, after fuse and order; `order` runs again behind it. A clone is the same kernel.
 Source: Kumar et al. 2019 (greedy, memory per recomputation time); Chen et al. 2016.
@@ -19,6 +21,7 @@ Source: Kumar et al. 2019 (greedy, memory per recomputation time); Chen et al. 2
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,8 +35,11 @@ from pocktvm.passes.costs import seconds
 from pocktvm.passes.liveness import Lifetimes
 
 AGAIN = "~again"  # what the names of values made again end with
-TRIALS = 12  # dearest choices that are tried without
+TRIALS = 12  # dearest choices that are tried without, as long as all of it makes no more than
+CLONES = 1000  # clones
 DEPTH = 3  # kernels behind a value that are made again with it
+REFRESH = 16  # choices after which every node is weighed anew: some have become worth more
+PATIENCE = 64  # choices in a row that do not lower the peak, then the limit is out of reach
 Chain = tuple[str, ...]  # values: the one that is read late, then what it is made from
 Cost = Callable[[Node, dict[str, Value]], float]
 
@@ -43,11 +49,12 @@ def rematerialize(graph: Graph, limit: int, cost: Cost | None = None) -> Graph:
     else as low as single clones bring it."""
     state = _State(graph, graph.nodes, dict(graph.values), limit, _priced(cost or seconds))
     chosen: list[Chain] = []
-    lowest = state
-    while state.excess() > 0 and (best := state.best()) is not None:
+    lowest, since, queue = state, 0, _Queue()
+    while state.excess() > 0 and since < PATIENCE and (best := queue.best(state)) is not None:
         chosen.append(best)
         state = state.clone_all(best)
-        lowest = min(lowest, state, key=lambda s: s.live.max(initial=0))
+        since = 0 if state.peak < lowest.peak else since + 1
+        lowest = state if since == 0 else lowest
     if state.excess() == 0:
         return _without_needless(graph, chosen, state).graph()
     return lowest.graph()
@@ -77,7 +84,8 @@ def _without_needless(graph: Graph, chosen: Sequence[Chain], state: _State) -> _
     makers = graph.producers()
     price = {chain: sum(first.seconds_of(makers[n]) for n in chain) for chain in chosen}
     kept = list(chosen)
-    for chain in sorted(chosen, key=lambda c: -price[c])[:TRIALS]:
+    trials = min(TRIALS, CLONES // max(1, len(chosen)))
+    for chain in sorted(chosen, key=lambda c: -price[c])[:trials]:
         fewer = [c for c in kept if c != chain]
         trial = first
         for other in fewer:
@@ -85,6 +93,35 @@ def _without_needless(graph: Graph, chosen: Sequence[Chain], state: _State) -> _
         if trial.excess() == 0:
             kept, state = fewer, trial
     return state
+
+
+class _Queue:
+    """Candidates by what each was worth when it was last weighed."""
+
+    def __init__(self) -> None:
+        self.heap: list[tuple[float, str]] = []
+        self.age = REFRESH
+
+    def best(self, state: _State) -> Chain | None:
+        """The values that are best made again now."""
+        if self.age < REFRESH and (found := self._first(state)) is not None:
+            self.age += 1
+            return found
+        worth = ((state.weigh(name)[0], name) for name in state.candidates())
+        self.heap = [(-score, name) for score, name in worth if score > 0]
+        heapq.heapify(self.heap)
+        self.age = 1
+        return self._first(state)
+
+    def _first(self, state: _State) -> Chain | None:
+        while self.heap:
+            _, name = heapq.heappop(self.heap)
+            score, chain = state.weigh(name)
+            if chain is not None and (not self.heap or score >= -self.heap[0][0]):
+                return chain
+            if chain is not None:
+                heapq.heappush(self.heap, (-score, name))
+        return None
 
 
 @dataclass(frozen=True)
@@ -117,30 +154,43 @@ class _State:
         """The sequence as a graph."""
         return self.source.with_(nodes=self.nodes, values=self.values).check()
 
+    @property
+    def peak(self) -> int:
+        """Most bytes at any position."""
+        return int(self.live.max(initial=0))
+
     def excess(self) -> int:
         """Bytes over the limit, summed over the sequence."""
+        return self._excess
+
+    @cached_property
+    def _excess(self) -> int:
         return int(np.maximum(self.live - self.limit, 0).sum())
 
     def seconds_of(self, node: Node) -> float:
         """What running the node once more costs."""
         return self.cost(node, self.values)
 
-    def best(self) -> Chain | None:
-        """The values that are best made again."""
-        over, best, chosen = self.excess(), 0.0, None
-        for node in self.nodes:
-            if node.op in VIEWS or is_again(node) or not self._repeatable(node):
-                continue
-            gap = self.gap(node.outputs[0])
-            if gap is None or self.live[gap.start + 1 : gap.end].max(initial=0) <= self.limit:
-                continue
-            for chain in self._chains(node, gap):
-                live = self._live_after(chain, gap)
-                gain = over - int(np.maximum(live - self.limit, 0).sum())
-                score = gain / sum(map(self.seconds_of, chain))
-                if gain > 0 and score > best:
-                    best, chosen = score, tuple(n.outputs[0] for n in chain)
-        return chosen
+    def candidates(self) -> list[str]:
+        """One value of every node that may be made again."""
+        nodes = (n for n in self.nodes if n.op not in VIEWS and not is_again(n))
+        return [n.outputs[0] for n in nodes if self._repeatable(n)]
+
+    def weigh(self, name: str) -> tuple[float, Chain | None]:
+        """Bytes over the limit taken away per second added, and what is made again for that: the
+        value alone or with some that it is made from. (0, None) where it does not pay."""
+        node = self.nodes[self.at[name]]
+        gap = self.gap(name) if self._repeatable(node) else None
+        if gap is None or self.live[gap.start + 1 : gap.end].max(initial=0) <= self.limit:
+            return 0.0, None
+        best, chosen = 0.0, None
+        for chain in self._chains(node, gap):
+            live = self._live_after(chain, gap)
+            gain = self.excess() - int(np.maximum(live - self.limit, 0).sum())
+            score = gain / sum(map(self.seconds_of, chain))
+            if gain > 0 and score > best:
+                best, chosen = score, tuple(n.outputs[0] for n in chain)
+        return best, chosen
 
     def _chains(self, node: Node, gap: _Gap) -> Iterator[list[Node]]:
         """The node alone; with the makers of its operands that are gone; with theirs; …"""
@@ -226,7 +276,9 @@ class _State:
         read = {i for n in late for i in n.inputs}
         needed = _reached(copies, read)
         views = [c for c in copies[1:] if c.outputs[0].removesuffix(AGAIN) in needed]
-        behind = [n.with_inputs(renamed) for n in late]
+        behind = [
+            n if renamed.keys().isdisjoint(n.inputs) else n.with_inputs(renamed) for n in late
+        ]
         nodes = [*early, copies[0], *views, *behind]
         return _State(self.source, nodes, values, self.limit, self.cost)
 

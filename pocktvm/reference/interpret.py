@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +41,7 @@ def evaluate(
     `params` replaces parameters and optimizer states by name, in their stored layout. `t` counts
     steps from 1, `seed` is the run's, for dropout. `dtype` is what floating values are computed in;
     float64 serves differences. Without `keep` a value is dropped after its last reader, and
-    `values` holds only results.
+    `values` holds only results. Runs on one thread, so that numbers do not depend on the machine.
     """
     missing = [name for name in graph.inputs if name not in inputs]
     if missing:
@@ -52,7 +53,7 @@ def evaluate(
     sources |= {name: np.asarray(a) for name, a in (params or {}).items() if name in graph.params}
     tensors = {name: _tensor(a, graph.values[name], dtype) for name, a in sources.items()}
     dying = {} if keep else _last_reads(graph)
-    with torch.no_grad():
+    with torch.no_grad(), one_thread():
         for index, node in enumerate(graph.nodes):
             run_node(node, graph.values, tensors, dtype)
             for name in dying.get(index, ()):
@@ -63,6 +64,18 @@ def evaluate(
         updates={param: arrays[name] for param, name in graph.updates.items()},
         values=arrays,
     )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on the calling thread alone: on a busy machine its threads spin while they wait for
+    each other, and a step of a thousand small operators takes thirteen times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _last_reads(graph: Graph) -> dict[int, list[str]]:
