@@ -173,13 +173,8 @@ def _counts(step: Graph, whole: tuple[Graph, ...], limit: int, batch: int) -> li
 def _sums(step: Graph) -> int:
     """Bytes of a gradient for everything that learns: what a step in parts keeps from the first
     part to the last."""
-    total = 0.0
-    for param in step.params.values():
-        if param.kind == "trained":
-            axis, indices = param.part or (0, ())
-            share = len(indices) / param.torch_shape[axis] if param.part else 1.0
-            total += share * param.value.nbytes
-    return int(total)
+    learning = (p for p in step.params.values() if p.kind == "trained")
+    return int(sum((p.part or 1.0) * p.value.nbytes for p in learning))
 
 
 def _seconds(graph: Graph, target: Target) -> float:

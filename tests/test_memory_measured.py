@@ -7,10 +7,9 @@ import pytest
 from benchmarks.memory import SCHEMES, measure, table
 from benchmarks.workloads import WORKLOADS
 from pocktvm import memory
-from pocktvm.compiler import optimised_graphs
+from pocktvm.build import Build
 from pocktvm.frontend.resolve import resolve_model
 from pocktvm.models import MODELS
-from pocktvm.targets import load_target
 
 pytestmark = pytest.mark.build
 # pages of code and stack, which a first step touches too: they are no part of the arena
@@ -53,9 +52,9 @@ BOUNDS = [
 def test_a_step_keeps_little_beside_its_weights(key, scheme, limit):
     work = WORKLOADS[key]
     source = resolve_model(work.model, batch=work.batch)
-    graphs = optimised_graphs(
-        source.module, source.example_inputs, target=load_target("host"), scheme=scheme,
-        loss=source.loss, published=source.scheme,
+    build = Build.of(
+        source.module, source.example_inputs, scheme=scheme, loss=source.loss,
+        published=source.scheme,
     )  # fmt: skip
-    plan = memory.estimate(graphs)
+    plan = memory.estimate(build.programs())
     assert plan.lower_bound_bytes - plan.by_class["trained"] <= limit * 1e6
