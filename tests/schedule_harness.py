@@ -27,8 +27,11 @@ def host(lanes: int, lane_fma: bool = False, registers: int | None = None) -> An
     return dataclasses.replace(target, isa=isa)
 
 
-def run_rule(task: Task, rule: Any, arrays: dict[str, np.ndarray], **knobs: Any) -> list[Any]:
-    """The outputs of the rule's kernel; buffers start as garbage."""
+def run_rule(
+    task: Task, rule: Any, arrays: dict[str, np.ndarray], overwrite: bool = False, **knobs: Any
+) -> list[Any]:
+    """The outputs of the rule's kernel; buffers start as garbage. `overwrite`: outputs lie over the
+    inputs whose memory the rule lets them take."""
     reason = rule.decline(task)
     assert reason is None, reason
     emitted = rule.emit(task, {**defaults(rule.knobs(task)), **knobs})
@@ -47,6 +50,8 @@ def run_rule(task: Task, rule: Any, arrays: dict[str, np.ndarray], **knobs: Any)
     declared = [dtype for _, dtype in buffer_types(emitted.func)]  # moved data travels as bits
     pairs = zip((*inputs, *outputs, *scratch), declared, strict=True)
     buffers = [tvm.runtime.tensor(a.view(d) if a.size else a) for a, d in pairs]
+    for out, name in emitted.inplace if overwrite else ():
+        buffers[len(inputs) + out] = buffers[name]
     compiled = compile_module(IRModule({"main": emitted.func}), tvm_target(task.target.tvm))
     compiled["main"](*buffers)
     results = buffers[len(inputs) : len(inputs) + len(outputs)]

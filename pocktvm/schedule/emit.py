@@ -48,18 +48,21 @@ def build(
     workspaces: tuple[tuple[int, str], ...] = (),
     sizes: Mapping[str, int] | None = None,
     dtypes: Mapping[str, str] | None = None,
+    noalias: bool = True,
 ) -> Any:
     """The PrimFunc of a task: flat buffers for inputs, outputs and workspaces around `body`.
 
     `sizes`: elements of inputs whose packed form is larger than the value itself.
     `dtypes`: arguments the body reads as bits of another type of the same size.
+    `noalias`: False where an output may lie over an input that is read at other indices than the
+    one written, so that the order of loads and stores counts.
     """
     with IRBuilder() as builder, T.prim_func():
         T.func_name("main")
         T.func_attr(
             {
                 "global_symbol": "main",
-                "tirx.noalias": True,
+                "tirx.noalias": noalias,
                 "target": tvm_target(task.target.tvm),
             }
         )

@@ -129,7 +129,8 @@ class CrossEntropyGrad(GpuRule):
             if losses:
                 rows.whole_loss(node.outputs[1], ctx.workspaces[1])
 
-        return Emitted(build(task, body, workspaces), workspaces, inplace=((0, 0),))
+        func = build(task, body, workspaces, noalias=False)
+        return Emitted(func, workspaces, inplace=((0, 0),))
 
     def _sums(self, ctx: Context, rows: BlockClassRows, thread: Expr, sums: Any) -> None:
         """dloss / D, and the sum of all classes' weights."""

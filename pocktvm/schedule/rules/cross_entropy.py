@@ -228,7 +228,9 @@ class CrossEntropyGrad:
             if workspaces:
                 rows.whole_loss(node.outputs[1], ctx.workspaces[0])
 
-        return Emitted(build(task, body, workspaces), workspaces, inplace=((0, 0),))
+        # the label's logit is read before its row may be written over
+        func = build(task, body, workspaces, noalias=False)
+        return Emitted(func, workspaces, inplace=((0, 0),))
 
     def _row(self, ctx: Context, rows: ClassRows, r: Expr, scale: Expr, every: Expr) -> None:
         out = ctx.buffers[ctx.task.node.outputs[0]]
