@@ -55,7 +55,7 @@ test: $(STAMP) ## the tests (the full matrices: ARGS="-m slow")
 check: $(STAMP) ## ruff, mypy and the tests that compile nothing: a minute or two
 	@$(BIN)/ruff check pocktvm tests examples benchmarks
 	@$(BIN)/mypy pocktvm
-	@$(BIN)/python -m pytest -m 'not slow and not emulated and not build' $(ARGS)
+	@$(BIN)/python -m pytest -m 'not slow and not emulated and not build and not data' $(ARGS)
 
 bench: $(STAMP) ## training steps beside PyTorch's (ARGS="--workload w1a")
 	@$(BIN)/python -m benchmarks.step $(ARGS)
