@@ -78,10 +78,12 @@ def check_data(
         told = ", ".join(f"{name}: {count}" for name, count in counts.items())
         raise PockError(f"{where}: axis 0 is samples, but the counts differ: {told}")
     batch, count = inputs[0].shape[0] if inputs[0].shape else 1, min(counts.values(), default=0)
+    if not count:
+        raise PockError(f"{where} is empty: 0 samples. Give at least one batch of {batch}.")
     if count < (batch if whole_batch else 1):
         raise PockError(
             f"{where} has {count} samples, fewer than one batch of {batch}.\n"
-            f"  Build with --batch {max(count, 1)} or smaller, or give more samples."
+            f"  Build with --batch {count} or smaller, or give more samples."
         )
     return checked
 

@@ -28,7 +28,7 @@ from pocktvm.frontend.source import import_model
 from pocktvm.ir.rates import Rates
 from pocktvm.ir.scheme import Scheme
 from pocktvm.search.activity import measure_activity
-from pocktvm.search.analysis import checked_samples
+from pocktvm.search.analysis import Settings, checked_samples
 from pocktvm.search.auto import search
 from pocktvm.search.candidates import find_candidates
 from pocktvm.search.curve import smoothed
@@ -245,6 +245,25 @@ def test_the_final_decides(tmp_path):
     for place, choice in enumerate(choices):
         table.add(Row(*key_of(choice), 0.5 if place == 1 else 0.1 * place))
     assert judged(table, choices) and winner(table, choices) == 1
+
+
+def test_an_embedding_that_is_the_classifier_need_not_learn(tmp_path):
+    """Its gradient goes through the whole model: the last norm is what always learns."""
+    source = resolve_model("llama:depth=2,dim=16,heads=2,kv=1,hidden=24,vocab=20,tokens=6", batch=4)
+    ids = np.random.default_rng(0).integers(0, 20, (40, 7)).astype(np.int32)
+    build = Build.of(
+        source.module, source.example_inputs, loss=source.loss, optimizer="adam",
+        samples={"ids": ids[:, :-1].copy(), "y": ids[:, 1:].copy()}, analysis=tmp_path / "t.jsonl",
+        published=source.scheme, name=source.name,
+    )  # fmt: skip
+    candidates = find_candidates(build.resolve()[0])
+    assert candidates.head == {"n.weight": 1} and "tok.weight" in candidates.weights
+    assert set(candidates.biases("1")) == {"n.weight", "blocks.1.n1.weight", "blocks.1.n2.weight"}
+    everything = search(build, settings=Settings(minutes=0.02))
+    assert ("weight", "tok.weight", 0.25) in everything.table.rows
+    smallest = Planner(candidates.model, build.loss, build.optimizer, build.target)
+    last = {**Scheme.last().resolve(candidates.model)}
+    assert smallest.cost(candidates.head).arena_bytes < smallest.cost(last).arena_bytes
 
 
 # The table ---------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,11 +62,12 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.task}.jsonl"
     run_missing(TASKS[options.task], options, path)
-    results = read(path)
+    results = {name: scored(row, TASKS[options.task].score) for name, row in read(path).items()}
     text = table(results)
     (options.out / f"{options.task}.md").write_text(text + "\n")
     print(text)
-    plot(results, options.task, options.out / f"{options.task}.png")
+    title = f"{options.task}: {TASKS[options.task].score} on the test samples"
+    plot(results, title, options.out / f"{options.task}.png")
     return 0
 
 
@@ -138,6 +141,15 @@ def read(path: Path) -> dict[str, Any]:
     return {row["scheme"]: row for row in map(json.loads, path.read_text().splitlines())}
 
 
+def scored(row: dict[str, Any], score: str) -> dict[str, Any]:
+    """A row with the mean and standard error of its task's score."""
+    if score != "perplexity":
+        return row
+    found = [math.exp(run["test_loss"]) for run in row["runs"]]
+    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+    return {**row, "mean": statistics.mean(found), "standard_error": error}
+
+
 def plot(results: dict[str, Any], title: str, path: Path) -> None:
     """Score against memory and against time."""
     try:
@@ -153,7 +165,7 @@ def plot(results: dict[str, Any], title: str, path: Path) -> None:
             panel.errorbar(row[key] * factor, row["mean"], yerr=error, fmt="o", capsize=3)
             panel.annotate(name, (row[key] * factor, row["mean"]), fontsize=7)
         panel.set_xlabel(label)
-    panels[0].set_ylabel("score on the test samples")
+    panels[0].set_ylabel("score")
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

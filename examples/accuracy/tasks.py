@@ -19,13 +19,15 @@ Samples = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Task:
-    """`load(folder, limit)` gives (train, test); `limit` bounds the training samples."""
+    """`load(folder, limit)` gives (train, test); `limit` bounds the training samples. `score` is
+    accuracy, or perplexity (the exponential of the test loss)."""
 
     model: str
     weights: str
     batch: int
     optimizer: str
     load: Callable[[Path, int | None], tuple[Samples, Samples]]
+    score: str = "accuracy"
 
 
 def cifar(enlarge: int) -> Callable[[Path, int | None], tuple[Samples, Samples]]:
@@ -136,6 +138,6 @@ TASKS = {
     ),
     "stories": Task(
         "stories260k:tokens=64", "stories260K/stories260K_fp32.safetensors",
-        4, "adamw", shakespeare(64),
+        4, "adamw", shakespeare(64), "perplexity",
     ),
 }  # fmt: skip

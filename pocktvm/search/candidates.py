@@ -18,7 +18,8 @@ ALL = "all"  # the depth that reaches the input
 
 @dataclass(frozen=True)
 class Candidates:
-    """The classifier, which always learns, and what may learn with it."""
+    """The classifier, which always learns, and what may learn with it. Where an embedding is the
+    classifier, too, the last norm is the head: the gradient of an embedding goes through all."""
 
     model: Model
     head: dict[str, float]
@@ -38,9 +39,14 @@ class Candidates:
         return {**self.head, name: self.part(name, share)}
 
     def biases(self, depth: str) -> dict[str, float]:
-        """Biases of the last blocks; of everything at the depth ALL."""
-        scheme = Scheme.parse("bitfit") if depth == ALL else Scheme.bias(int(depth))
-        return scheme.resolve(self.model)
+        """Biases of the last blocks; of everything at the depth ALL. Scales of norms where a model
+        has no biases. With the classifier."""
+        every = _vectors(self.model)
+        if depth != ALL:
+            blocks = self.model.blocks
+            inside = under(blocks[len(blocks) - int(depth) :])
+            every = {name: part for name, part in every.items() if inside(name)}
+        return {**self.head, **every}
 
     def part(self, name: str, share: float) -> float:
         """The channels that a share of a weight takes."""
@@ -68,7 +74,7 @@ def find_candidates(model: Model, only: Sequence[str] = ()) -> Candidates:
 
     Raises PockError for a pattern that matches no parameter.
     """
-    head = Scheme.last().resolve(model)
+    head = _head(model)
     for pattern in only:
         if not any(fnmatchcase(n, pattern) for n in model.parameters):
             raise PockError(no_match(pattern, model, ""))
@@ -81,8 +87,30 @@ def find_candidates(model: Model, only: Sequence[str] = ()) -> Candidates:
         and (not only or any(fnmatchcase(name, pattern) for pattern in only))
     )
     depths = [str(n) for n in range(len(model.blocks) + 1)]
-    everywhere = Scheme.parse("bitfit").resolve(model)
-    deepest = Scheme.bias(len(model.blocks)).resolve(model) if model.blocks else head
-    if weights or everywhere != deepest:
+    if weights or not set(_vectors(model)) <= set(head):
         depths.append(ALL)
     return Candidates(model, head, tuple(depths), weights)
+
+
+def _head(model: Model) -> dict[str, float]:
+    """The classifier; where it is tied to an embedding what else lies behind the last block, or
+    the last vector there is."""
+    classifier = Scheme.last().resolve(model)
+    own = {name: part for name, part in classifier.items() if not model.parameters[name].aliases}
+    if own:
+        return own
+    inside, names = under(model.blocks), list(model.parameters)
+    last = max((place for place, name in enumerate(names) if inside(name)), default=-1)
+    vectors = [n for n, p in model.parameters.items() if p.value.ndim == 1 and p.requires_grad]
+    behind = [name for name in vectors if names.index(name) > last] or vectors[-1:]
+    return dict.fromkeys(behind, 1.0) or classifier
+
+
+def _vectors(model: Model) -> dict[str, float]:
+    """Every bias outside the classifier; where there is none, the scales of norms."""
+    classifier = Scheme.last().resolve(model)
+    for name in ("bitfit", "norm"):
+        found = Scheme.parse(name).resolve(model)
+        if rest := {n: part for n, part in found.items() if n not in classifier}:
+            return rest
+    return {}

@@ -10,7 +10,7 @@ within the same limits (`finalists`) are for finals.py, which trains each as a w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -189,7 +189,7 @@ class Selector:
         measured = {name for name, _ in self._gains}
         weights = {n: float(p) for n, p in learns.items() if n in measured}
         biases = set(learns) - set(self.candidates.weights)
-        depths = [d for d in self.candidates.depths if biases <= set(self.candidates.biases(d))]
+        depths = [d for d in self.candidates.depths if self._covers(d, biases, weights)]
         if not depths:
             return []
         even = Recipe("even", depths[0], {}, even=True)
@@ -198,6 +198,11 @@ class Selector:
             if limits.hold(self._plan(depths[0], base).cost):
                 return [Recipe("published", depths[0], base), even]
         return [even]
+
+    def _covers(self, depth: str, biases: set[str], weights: Iterable[str]) -> bool:
+        return biases <= set(self.candidates.biases(depth)) and all(
+            self.candidates.reaches(depth, name) for name in weights
+        )
 
     def _at_depth(self, depth: str, limits: Limits) -> Choice | None:
         """The best choice of weights at a depth; its biases alone where no weights can make it
