@@ -131,7 +131,7 @@ def searched(
     (path.with_name(f"{options.task}-{scheme.replace(':', '-')}.toml")).write_text(
         to_toml(found, "host", limit)
     )
-    return Scheme(found.mapping(), name="auto")
+    return Scheme(found.mapping())
 
 
 def read(path: Path) -> dict[str, Any]:

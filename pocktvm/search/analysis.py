@@ -38,6 +38,8 @@ from pocktvm.targets import load_target
 
 METHODS = ("finetune", "fisher", "grad-norm")
 STEPS = (8, 60)  # of a trial, at least and at most
+PROTOCOL = 2  # of the trials: tables of another one are not gone on with
+TRIAL_RATES = (1.0, 0.3, 0.1)  # times the optimizer's
 HELD_OUT = 256  # samples
 PROXY_BATCHES = 16
 UNSTAMPED = ("shares", "minutes", "threads")  # settings that another run may change
@@ -143,7 +145,8 @@ def describe(
     }
     if arrays is not None:
         chosen = {k: v for k, v in asdict(settings).items() if k not in UNSTAMPED}
-        facts |= {"data": digest(arrays), **{k: _plain(v) for k, v in chosen.items()}}
+        facts |= {"data": digest(arrays), "protocol": PROTOCOL}
+        facts |= {k: _plain(v) for k, v in chosen.items()}
     return facts
 
 
@@ -224,17 +227,32 @@ def _finetune(
     """Gain: how much lower the held-out loss ends than with the classifier alone."""
     steps = int(table.facts["steps"])
     bench.warm_up(candidates.head, steps)
-    bench.fit(candidates.head, steps)
+    rate = _rate(bench, steps)
+    bench.fit(candidates.head, steps, rate=rate, decay=True)
     alone = bench.held_out_loss()
     left = table.missing(keys)
     begin = time.monotonic()
     for number, key in enumerate(left):
         _tell(progress, len(keys) - len(left) + number, len(keys), number, len(left), begin)
         started = time.monotonic()
-        bench.fit(candidates.updated(key), steps)
+        bench.fit(candidates.updated(key), steps, rate=rate, decay=True)
         loss = bench.held_out_loss()
         gain = alone - loss if np.isfinite(loss) else -1e9  # it diverged
         table.add(Row(*key, float(gain), round(time.monotonic() - started, 3)))
+
+
+def _rate(bench: Bench, steps: int) -> float:
+    """The rate of trials, of the optimizer's: the one at which everything together learns best.
+
+    At too high a rate a few steps of a large weight do harm, and it would come out as worthless.
+    """
+    everything = dict.fromkeys(bench.rates.slots, 1.0)
+    losses = []
+    for rate in TRIAL_RATES:
+        bench.fit(everything, steps, rate=rate, decay=True)
+        loss = bench.held_out_loss()
+        losses.append(loss if np.isfinite(loss) else np.inf)
+    return TRIAL_RATES[int(np.argmin(losses))]
 
 
 def _tell(
