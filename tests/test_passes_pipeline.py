@@ -40,7 +40,7 @@ def test_observe_sees_every_pass():
     seen = []
     run_passes(inverted_residual_step(), observe=lambda i, name, g: seen.append((i, name)))
     assert [i for i, _ in seen] == list(range(len(PIPELINE)))
-    assert seen[-1][1] == "order"
+    assert seen[-1][1] == PIPELINE[-1].__name__
 
 
 def test_updates_run_after_every_reader():

@@ -17,6 +17,7 @@ from pocktvm.passes.fold_scales import fold_scales
 from pocktvm.passes.fuse import fuse
 from pocktvm.passes.fuse_blocks import fuse_blocks
 from pocktvm.passes.join_loss import join_loss
+from pocktvm.passes.join_products import join_products
 from pocktvm.passes.order import order
 from pocktvm.passes.scale_grads import scale_grads
 from pocktvm.passes.scatter_updates import scatter_updates
@@ -44,6 +45,7 @@ PIPELINE: tuple[Pass, ...] = (
     fuse,
     fuse_blocks,
     order,
+    join_products,
 )
 
 

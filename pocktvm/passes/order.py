@@ -11,8 +11,8 @@ allocates. So the pass never hurts.
 Legal means: operands first, and *an update after every reader of the old parameter* (the memory
 plan writes the new value over it, so an earlier update would corrupt a later reader).
 
-Runs last, on groups. Source of the greedy rule: list scheduling for register pressure (Goodman and
-Hsu 1988), with bytes for registers.
+Runs on groups; behind it only join_products, which keeps the peak. Source of the greedy rule: list
+scheduling for register pressure (Goodman and Hsu 1988), with bytes for registers.
 """
 
 from __future__ import annotations

@@ -44,6 +44,8 @@ def describe(task: Task) -> Gemm | str:
     node = task.anchor
     if node is None:
         return "no anchor"
+    if task.node.attrs.get("kind") == "products":
+        return "several products"
     if node.op != "matmul" and node.op not in CONVOLUTIONS:
         return f"'{node.op}' is no matrix product"
     if any(task.values[name].dtype != "float32" for name in (*node.inputs, *node.outputs)):

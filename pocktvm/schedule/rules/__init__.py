@@ -15,6 +15,7 @@ from pocktvm.schedule.rules.inverted_residual import InvertedResidual
 from pocktvm.schedule.rules.matmul import Matmul
 from pocktvm.schedule.rules.movement import Movement
 from pocktvm.schedule.rules.pool import Pool
+from pocktvm.schedule.rules.products import Products
 from pocktvm.schedule.rules.put import Put
 from pocktvm.schedule.rules.reduce import Reduce
 from pocktvm.schedule.rules.resize import Resize
@@ -24,6 +25,7 @@ from pocktvm.schedule.rules.winograd import WinogradConv, WinogradWeight
 RULES: tuple[Rule, ...] = (
     Elementwise(),
     InvertedResidual(),
+    Products(),
     Matmul(),
     Reduce(),
     DepthwiseConv(),

@@ -33,6 +33,7 @@ from pocktvm.schedule.loops import (
     grid,
     tile_at,
     tiles,
+    unflatten,
     workers,
     worth_threads,
     zero,
@@ -79,26 +80,30 @@ class Matmul:
         pairs = inplace_pairs(task)
         if knobs["form"] == "dot":
             return emit_dot(task, gemm, pairs)
-        form = knobs["form"]
-        plan = _Tiled(task, gemm, knobs["mr"], knobs["nr"], knobs["order"], knobs["kc"], form)
-        pack = {}
-        if form == "packed":
-            index = task.node.inputs.index(gemm.b)
-            pack[index] = Pack("panels", {"nr": plan.nr, "transpose": gemm.transpose_b})
-        body = plan.local if form == "local" else plan.streamed
-        func = build(task, body, plan.workspaces)
-        return Emitted(func, plan.workspaces, pairs, pack, gemm.flops)
+        plan = self.plan(task, knobs)
+        func = build(task, plan.emit, plan.workspaces)
+        return Emitted(func, plan.workspaces, pairs, plan.packs(task), gemm.flops)
+
+    def describe(self, task: Task) -> Gemm:
+        """The product of a task it does not decline."""
+        return _describe(task)
+
+    def plan(self, task: Task, knobs: Mapping[str, Any], beside: int = 1) -> Tiled:
+        """The tiles of any form but dot; `beside`: products that share the cores with this."""
+        chosen = (knobs[k] for k in ("mr", "nr", "order", "kc", "form"))
+        return Tiled(task, _describe(task), *chosen, beside)
 
 
-class _Tiled:
-    """The register-tile forms."""
+class Tiled:
+    """The register-tile forms: `tasks` independent pieces of work, emitted by `tile`."""
 
     def __init__(
-        self, task: Task, gemm: Gemm, mr: int, nr: int, order: str, kc: int, form: str
-    ) -> None:
+        self, task: Task, gemm: Gemm, mr: int, nr: int, order: str, kc: int, form: str,
+        beside: int = 1,
+    ) -> None:  # fmt: skip
         self.gemm, self.mr, self.nr = gemm, min(mr, gemm.m), min(nr, gemm.n)
-        self.order, self.form, self.isa = order, form, task.target.isa
-        self.parallel = worth_threads(self.isa, gemm.flops)
+        self.order, self.form, self.isa, self.beside = order, form, task.target.isa, beside
+        self.parallel = worth_threads(self.isa, gemm.flops * beside)
         self.panels = ceil_div(gemm.n, self.nr)
         self.depth, self.blocks = min(kc, gemm.k), ceil_div(gemm.k, kc)
         most = gemm.m
@@ -109,21 +114,57 @@ class _Tiled:
         self.extents = (gemm.batch, self.panels, ceil_div(gemm.m, self.chunk))
         self.workers = min(self.isa.cores, math.prod(self.extents)) if self.parallel else 1
 
-    def streamed(self, ctx: Context) -> None:
-        """B read where it lies, packed or not; every tile runs over the whole of K."""
-        gemm = self.gemm
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """What the tasks count: batch, panels and chunks of rows; or batch and tiles of rows."""
+        if self.form != "local" and self.order == "rows":
+            return self.gemm.batch, ceil_div(self.gemm.m, self.mr)
+        return self.extents
+
+    @property
+    def tasks(self) -> int:
+        """Independent pieces of work."""
+        return math.prod(self.grid)
+
+    def emit(self, ctx: Context) -> None:
+        """All tasks; where each needs scratch, dealt out to workers."""
+        if self.form == "local":
+            for worker, (flat,) in workers((self.tasks,), self.workers):
+                self.tile(ctx, flat, worker)
+            return
         if self.order == "rows":
-            for batch, i in grid((gemm.batch, ceil_div(gemm.m, self.mr)), self.parallel):
-                tile = Tile(ctx, gemm, batch)
-                for row, rows in tile_at(i, gemm.m, self.mr):
-                    for column, width in tiles(gemm.n, self.nr):
-                        self._whole(tile, row, rows, column, width)
+            for (flat,) in grid((self.tasks,), self.parallel):
+                self.tile(ctx, flat, zero())
             return
         for batch, p, c in self._panel_tasks():
-            tile = Tile(ctx, gemm, batch)
-            for column, width in tile_at(p, gemm.n, self.nr):
-                for row, rows in chunk_tiles(c, gemm.m, self.chunk, self.mr):
+            self._streamed(Tile(ctx, self.gemm, batch), p, c)
+
+    def tile(self, ctx: Context, flat: Expr, worker: Expr) -> None:
+        """Task number `flat`."""
+        indices = unflatten(flat, self.grid)
+        if self.form == "local":
+            self._local(Tile(ctx, self.gemm, indices[0]), indices[1], indices[2], worker)
+        else:
+            self._streamed(Tile(ctx, self.gemm, indices[0]), *indices[1:])
+
+    def packs(self, task: Task) -> dict[int, Pack]:
+        """How a frozen B is stored."""
+        if self.form != "packed":
+            return {}
+        layout = {"nr": self.nr, "transpose": self.gemm.transpose_b}
+        return {task.node.inputs.index(self.gemm.b): Pack("panels", layout)}
+
+    def _streamed(self, tile: Tile, first: Expr, chunk: Expr = None) -> None:
+        """B read where it lies, packed or not; every tile runs over the whole of K."""
+        gemm = self.gemm
+        if chunk is None:
+            for row, rows in tile_at(first, gemm.m, self.mr):
+                for column, width in tiles(gemm.n, self.nr):
                     self._whole(tile, row, rows, column, width)
+            return
+        for column, width in tile_at(first, gemm.n, self.nr):
+            for row, rows in chunk_tiles(chunk, gemm.m, self.chunk, self.mr):
+                self._whole(tile, row, rows, column, width)
 
     def _panel_tasks(self) -> Iterator[tuple[Expr, Expr, Expr]]:
         """Batch entry, panel and chunk of rows of every task; one chunk a core, chunks outside,
@@ -145,7 +186,7 @@ class _Tiled:
 
     def _row_chunk(self, most: int) -> int:
         """Rows a task takes, so that there are a few tasks a core."""
-        tasks = self.panels * self.gemm.batch
+        tasks = self.panels * self.gemm.batch * self.beside
         wanted = ceil_div(4 * self.isa.cores, tasks) if self.parallel else 1
         tiles_m = ceil_div(self.gemm.m, self.mr)
         chunk = max(1, ceil_div(tiles_m, wanted)) * self.mr
@@ -169,26 +210,28 @@ class _Tiled:
 
     @property
     def workspaces(self) -> tuple[tuple[int, str], ...]:
-        """Per worker: a block of a panel, and the partial sums when K takes several."""
+        """The scratch of all workers."""
+        return tuple((self.workers * size, "float32") for size in self.scratch)
+
+    @property
+    def scratch(self) -> tuple[int, ...]:
+        """Elements a worker: a block of a panel, and the partial sums when K takes several."""
         if self.form != "local":
             return ()
-        sizes = [self.depth * self.nr] + ([self.chunk * self.nr] if self.blocks > 1 else [])
-        return tuple((self.workers * size, "float32") for size in sizes)
+        return (self.depth * self.nr, *([self.chunk * self.nr] if self.blocks > 1 else []))
 
-    def local(self, ctx: Context) -> None:
+    def _local(self, tile: Tile, p: Expr, c: Expr, worker: Expr) -> None:
         """Every task packs its panel of B; one block of K, or several with partial sums."""
-        gemm, extents = self.gemm, self.extents
-        for worker, (batch, p, c) in workers(extents, self.workers):
-            tile = Tile(ctx, gemm, batch)
-            at = worker * (self.depth * self.nr)
-            for column, width in tile_at(p, gemm.n, self.nr):
-                panel = Panel(ctx.workspaces[0], at, width)
-                if self.blocks == 1:
-                    self._pack(tile, panel, column, zero(), gemm.k)
-                    self._one_block(tile, panel, c, column)
-                else:
-                    base = worker * (self.chunk * self.nr)
-                    self._many_blocks(tile, panel, Panel(ctx.workspaces[1], base, width), c, column)
+        gemm, ctx = self.gemm, tile.ctx
+        at = worker * (self.depth * self.nr)
+        for column, width in tile_at(p, gemm.n, self.nr):
+            panel = Panel(ctx.workspaces[0], at, width)
+            if self.blocks == 1:
+                self._pack(tile, panel, column, zero(), gemm.k)
+                self._one_block(tile, panel, c, column)
+            else:
+                base = worker * (self.chunk * self.nr)
+                self._many_blocks(tile, panel, Panel(ctx.workspaces[1], base, width), c, column)
 
     def _one_block(self, tile: Tile, panel: Panel, chunk: Expr, column: Expr) -> None:
         width = panel.width
