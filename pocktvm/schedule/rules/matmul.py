@@ -90,8 +90,8 @@ class Matmul:
 
     def plan(self, task: Task, knobs: Mapping[str, Any], beside: int = 1) -> Tiled:
         """The tiles of any form but dot; `beside`: products that share the cores with this."""
-        chosen = (knobs[k] for k in ("mr", "nr", "order", "kc", "form"))
-        return Tiled(task, _describe(task), *chosen, beside)
+        gemm, mr, nr = _describe(task), knobs["mr"], knobs["nr"]
+        return Tiled(task, gemm, mr, nr, knobs["order"], knobs["kc"], knobs["form"], beside)
 
 
 class Tiled:
