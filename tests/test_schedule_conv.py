@@ -142,9 +142,9 @@ def test_winograd(m, n, h, w, cin, cout, padding, isa, frozen, eager):
     types, known = values(x=x, w=k, dy=y, y=y, z=y, dx=x), ("w",) if frozen else ()
     body = (Node("conv2d", ("x", "w"), ("y",), attrs), Node("add", ("y", "dy"), ("z",)))
     node = Node("group", ("x", "w", "dy"), ("z",), {"anchor": 0, "kind": "conv2d"}, "", body)
-    check_rule(node, types, WinogradConv(), host(*isa), frozen=known, m=m, tolerance=1e-4)
+    check_rule(node, types, WinogradConv(), host(*isa), frozen=known, m=m, tolerance=1e-5)
     node = Node("conv2d_input_grad", ("dy", "w"), ("dx",), attrs)
-    check_rule(node, types, WinogradConv(), host(*isa), frozen=known, m=m, tolerance=1e-4)
+    check_rule(node, types, WinogradConv(), host(*isa), frozen=known, m=m, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("m, n, h, w, cin, cout, padding, isa", WINOGRAD)
@@ -159,7 +159,7 @@ def test_winograd_weight_gradient_with_update(m, n, h, w, cin, cout, padding, is
     about = {"anchor": 0, "kind": "conv2d_weight_grad"}
     node = Node("group", ("x", "dy", "lr", "w"), ("z",), about, "", body)
     types = values(x=x, dy=y, dw=k, w=k, lr=(), t=k, z=k)
-    check_rule(node, types, WinogradWeight(), host(*isa), m=m, tolerance=1e-4)
+    check_rule(node, types, WinogradWeight(), host(*isa), m=m, tolerance=1e-5)
 
 
 def test_winograd_declines_and_says_why():
