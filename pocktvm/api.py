@@ -32,6 +32,7 @@ def compile(
     samples: Mapping[str, Any] | None = None,
     analysis: str | Path | None = None,
     rates: bool = False,
+    saved: str = "float32",
     facts: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -51,6 +52,8 @@ def compile(
                     the scheme names (docs/schemes.md)
     out             the artifact's folder; None keeps it in a temporary one (Artifact.save moves it)
     mean, scale     per channel: how the device reads uint8 samples
+    saved           how activations wait for the backward pass: "float32", or "bf16" for half their
+                    memory (docs/memory.md)
     samples         arrays by input name, labels as `y`: for the scheme "auto", and for channels
                     ranked by activation (docs/schemes.md)
     progress        called as (stage, detail) while it works
@@ -62,6 +65,6 @@ def compile(
         module, example_inputs, target=target, scheme=scheme, loss=loss, optimizer=optimizer,
         budget=budget, threads=threads, dropout=dropout, resample=resample, rates=rates, name=name,
         published=published, mean=mean, scale=scale, samples=samples, analysis=analysis,
-        facts=facts or {},
+        saved=saved, facts=facts or {},
     )  # fmt: skip
     return compiler.compile(build, out, progress)

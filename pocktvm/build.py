@@ -25,7 +25,7 @@ from pocktvm.ir.model import Model
 from pocktvm.ir.part import selectable
 from pocktvm.ir.scheme import Scheme
 from pocktvm.ir.target import Target
-from pocktvm.passes import run_passes
+from pocktvm.passes import SAVED, run_passes
 from pocktvm.search.activity import measure_activity
 from pocktvm.targets import load_target
 from pocktvm.units import parse_bytes
@@ -45,6 +45,7 @@ class Build:
     threads         stored default of the artifact
     dropout         the step drops, seeded
     resample        the trainer may choose other channels for the parts that learn
+    saved           how activations wait for the backward pass: float32 | bf16 (narrow_saved.py)
     rates           the step reads factors of lr by channel (ir/rates.py)
     name, published the model's name; the scheme that "pockengine" stands for
     mean, scale     per channel: how the device reads uint8 samples
@@ -64,6 +65,7 @@ class Build:
     dropout: bool = False
     resample: bool = False
     rates: bool = False
+    saved: str = "float32"
     name: str = "model"
     published: Mapping[str, Any] | None = None
     mean: Sequence[float] = ()
@@ -89,7 +91,7 @@ class Build:
 
         Raises PockError for a spelling that says nothing.
         """
-        return cls(
+        build = cls(
             module,
             example_inputs,
             scheme=Scheme.parse(scheme),
@@ -99,6 +101,8 @@ class Build:
             limit=_bytes(budget) if isinstance(budget, str) else budget,
             **others,
         )
+        _check_saved(build.saved, build.target)
+        return build
 
     def settled(self, progress: Progress | None = None) -> Build:
         """The build with its scheme chosen, where that is "auto" (docs/schemes.md)."""
@@ -129,7 +133,17 @@ class Build:
         """The optimised step and predict, up to the kernels."""
         model, updated = self.resolve()
         graphs = differentiate(model, updated, self.loss, self.optimizer)
-        return tuple(run_passes(graph, self.target) for graph in graphs)
+        return tuple(run_passes(graph, self.target, saved=self.saved) for graph in graphs)
+
+
+def _check_saved(saved: str, target: Target) -> None:
+    if saved not in SAVED:
+        raise PockError(f"saved activations are kept as {' or '.join(SAVED)}, not '{saved}'.")
+    if saved != "float32" and target.is_gpu:
+        raise PockError(
+            f"--saved {saved} is for processors: {target.name} keeps activations as float32.\n"
+            "  Leave it out; --budget makes a step smaller there, too."
+        )
 
 
 def _bytes(budget: str) -> int:

@@ -50,10 +50,10 @@ def compile(
 
     stages.enter("record the self-test")
     inputs = (*label_inputs(model, build.loss), *((rates.input,) if rates else ()))
-    self_test = record_self_test(graphs, inputs, build.optimizer)
+    self_test = record_self_test(graphs, inputs, build.optimizer, saved=build.saved)
 
     stages.enter("optimise the graph")
-    graphs = tuple(run_passes(graph, build.target, observe=stages.saw_pass) for graph in graphs)
+    graphs = tuple(run_passes(g, build.target, stages.saw_pass, build.saved) for g in graphs)
 
     compiler = KernelCompiler(knobs_for=Records(build.target).knobs)
     lower = functools.partial(_lower, build=build, compiler=compiler, stages=stages)

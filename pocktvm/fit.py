@@ -58,7 +58,7 @@ def in_parts(build: Build, count: int, self_test: SelfTest) -> Graph | None:
     found = first_losses(step, self_test.inputs, self_test.lr, len(self_test.losses))
     if not np.allclose(found, self_test.losses, rtol=1e-4, atol=1e-6, equal_nan=True):
         return None
-    return run_passes(step, build.target)
+    return run_passes(step, build.target, saved=build.saved)
 
 
 def check(build: Build, graphs: Sequence[Graph], plan: MemoryPlan | None = None) -> None:
@@ -86,6 +86,8 @@ def _smaller(build: Build, now: int, limit: int) -> dict[str, Callable[[], int]]
         for name in SMALLER_SCHEMES
         if name != str(build.scheme)
     }
+    if build.saved == "float32" and not build.target.is_gpu:
+        found["--saved bf16"] = saves(replace(build, saved="bf16"))
     halved = _half_batch(build.example_inputs)
     if halved is not None:
         inputs, size = halved

@@ -57,6 +57,7 @@ def identify(
             **build.facts,
             "seconds": dict(seconds),
             "threads": build.threads,
+            "saved": build.saved,
             "trade": trade.facts() if trade else None,
             "notices": list(model.notices),
             "adapters": {name: asdict(adapter) for name, adapter in model.adapters.items()},

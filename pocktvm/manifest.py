@@ -136,7 +136,7 @@ def summary(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What `build` and `inspect` report: the keys of the contract first, then more."""
     stamp = read_stamp(folder)
     kept = "target model scheme batch updated plan kernels".split()
-    more = "loss optimizer lr rules inputs output_shape versions notices trade".split()
+    more = "loss optimizer lr saved rules inputs output_shape versions notices trade".split()
     return {
         **{key: manifest[key] for key in kept},
         "seconds": stamp.get("seconds", manifest.get("seconds")),

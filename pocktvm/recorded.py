@@ -15,6 +15,7 @@ import numpy as np
 from pocktvm.ir.artifact import SelfTest
 from pocktvm.ir.graph import Graph
 from pocktvm.ir.model import Input
+from pocktvm.passes.narrow_saved import narrow_saved
 from pocktvm.reference import evaluate
 
 STEPS = 3
@@ -24,13 +25,20 @@ LOWER = (1.0, 0.1, 0.01, 0.001)  # rates that are tried, as factors of the optim
 
 
 def record_self_test(
-    graphs: Sequence[Graph], inputs: Sequence[Input], optimizer: Any, steps: int = STEPS
+    graphs: Sequence[Graph],
+    inputs: Sequence[Input],
+    optimizer: Any,
+    steps: int = STEPS,
+    saved: str = "float32",
 ) -> SelfTest:
     """Run the first steps of training on one synthetic batch through the reference.
 
     Where an update is so large that rounding decides on which side of a ReLU a unit lands, two
     correct programs part within a step. The recorded rate is the first of `LOWER` at which the
     reference agrees with itself, started from weights that are off by their last bit.
+
+    Losses are float32's also where activations are `saved` as bfloat16: the rate must then be one
+    at which their rounding, too, moves the reference's losses by no more.
     """
     step, predict = graphs
     batch = synthetic_batch(inputs)
@@ -38,10 +46,13 @@ def record_self_test(
     base = float(optimizer.lr)
     output = evaluate(predict, read, lr=base, keep=False).outputs["output"]
     nearby = last_bits_off(step)
+    rounded = narrow_saved(step) if saved == "bf16" else None
     for factor in LOWER:
         lr = base * factor
         losses = first_losses(step, batch, lr, steps)
-        if spread(losses, first_losses(step, batch, lr, steps, nearby)) <= STEADY:
+        if spread(losses, first_losses(step, batch, lr, steps, nearby)) > STEADY:
+            continue
+        if rounded is None or spread(losses, first_losses(rounded, batch, lr, steps)) <= STEADY:
             break
     return SelfTest(batch, losses, output, lr)
 

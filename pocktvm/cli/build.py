@@ -46,6 +46,7 @@ def build(
     resample: Annotated[
         bool, typer.Option("--resample", help="channels that learn can be chosen while it trains")
     ] = False,
+    saved: options.Saved = "float32",
     data: Annotated[Path | None, typer.Option(help="samples, for --scheme auto")] = None,
     analysis: Annotated[Path | None, typer.Option(help="table of `pocktvm scheme`")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="the artifact's folder")] = None,
@@ -56,7 +57,7 @@ def build(
     wanted: dict[str, Any] = {
         "model": model, "scheme": scheme, "batch": batch, "loss": loss, "optimizer": optimizer,
         "lr": lr, "budget": budget, "threads": threads, "dropout": dropout,
-        "analysis": analysis, "resample": resample,
+        "analysis": analysis, "resample": resample, "saved": saved,
     }  # fmt: skip
     device = _check(target, scheme, weights, data or analysis)
     folder = out or Path("build") / device.name / model_name(model)
@@ -149,6 +150,7 @@ def _compile(
             threads=wanted["threads"],
             dropout=wanted["dropout"],
             resample=wanted["resample"],
+            saved=wanted["saved"],
             samples=None if data is None else read_data(data),
             analysis=wanted["analysis"],
             out=folder,

@@ -33,6 +33,17 @@ def _rate(text: str) -> float:
     return value
 
 
+def saved(text: str) -> str:
+    """How activations wait for the backward pass."""
+    return refuse(_saved, text)
+
+
+def _saved(text: str) -> str:
+    if text not in ("float32", "bf16"):
+        raise ValueError(f"'{text}' is neither float32 nor bf16")
+    return text
+
+
 def refuse(parse: Callable[[str], Any], text: Any) -> Any:
     """What `parse` makes of an option; its ValueError is the parser's complaint."""
     if not isinstance(text, str):  # a default passes through the parser, too
@@ -49,4 +60,8 @@ Budget = Annotated[
 ]
 StepRate = Annotated[
     float | None, typer.Option(parser=rate, metavar="X", help="learning rate, per step")
+]
+Saved = Annotated[
+    str,
+    typer.Option(parser=saved, metavar="T", help="activations kept for backward: float32, bf16"),
 ]

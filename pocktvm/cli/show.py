@@ -45,4 +45,6 @@ def show(facts: Mapping[str, Any], *, tensors: int = 8) -> None:
 def _training(facts: Mapping[str, Any]) -> str:
     words = [f"scheme {facts['scheme']}"]
     words += [f"{key} {facts[key]}" for key in ("loss", "optimizer", "lr") if key in facts]
+    if facts.get("saved", "float32") != "float32":
+        words.append(f"saved activations {facts['saved']}")
     return ", ".join(words)

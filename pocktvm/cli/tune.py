@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pocktvm.cli import options
 from pocktvm.cli.progress import Progress
 from pocktvm.errors import PockError
 
@@ -25,6 +26,7 @@ def tune(
     weights: Annotated[Path | None, typer.Option(help="safetensors, torch's names")] = None,
     loss: Annotated[str | None, typer.Option(help="as for build")] = None,
     optimizer: Annotated[str, typer.Option(help="as for build")] = "sgd",
+    saved: options.Saved = "float32",
     runner: Annotated[
         str, typer.Option(help="local, emulated, ssh://pi@host, or rpc://host:port/key")
     ] = "local",
@@ -52,7 +54,7 @@ def tune(
         source = resolve_model(model, batch=batch, weights=weights)
         build = Build.of(
             source.module, source.example_inputs, target=device, scheme=scheme,
-            loss=loss or source.loss, optimizer=optimizer, **source.facts(),
+            loss=loss or source.loss, optimizer=optimizer, saved=saved, **source.facts(),
         )  # fmt: skip
         programs = build.programs()
         bar("compile the kernels once")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 # How TVM and DLPack write a dtype: code, bits.
 _DLTYPES = {
     "float32": (2, 32), "float16": (2, 16), "int32": (0, 32), "int64": (0, 64), "int8": (0, 8),
-    "uint8": (1, 8), "uint32": (1, 32), "bool": (6, 8),
+    "uint8": (1, 8), "uint16": (1, 16), "uint32": (1, 32), "bool": (6, 8),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ Conventions every room relies on:
   `relax.` / `relax.nn.` prefix (`add`, `conv2d`, `layer_norm`, …) or one of our own. The
   vocabulary, with attributes and shapes, is `pocktvm/ir/ops.py`.
 - Floating values are float32; integers are int32 (int64 is narrowed on the way in); bool is bool.
+  What is saved as bfloat16 is uint16, its bits (passes/narrow_saved.py).
 - Elementwise operators broadcast as numpy does; scalars are rank-0 values.
 - A *group* is a node with a `body`: what one kernel computes. `op` is then "group", `inputs` and
   `outputs` are what crosses its border, `attrs["anchor"]` is the index in the body of the node that
@@ -29,7 +30,10 @@ import numpy as np
 from pocktvm.errors import InternalError
 from pocktvm.ir.param import Param
 
-ITEMSIZE = {"float32": 4, "int32": 4, "int64": 8, "bool": 1, "uint8": 1, "int8": 1, "uint32": 4}
+ITEMSIZE = {
+    "float32": 4, "int32": 4, "uint32": 4, "int64": 8,
+    "uint16": 2, "uint8": 1, "int8": 1, "bool": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

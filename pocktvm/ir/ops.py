@@ -50,6 +50,8 @@ pad                  x -> y                               pad_width (2 per axis)
                                                           negative widths crop
 dropout              x, seed() -> y                       p, key, start: 0 where the mask of (seed, key, start + element) drops,
                                                           else x / (1 - p). Its own gradient; see DROPOUT below
+pack_bf16            x -> y                               uint16: the upper half of x's bits, rounded to nearest even
+unpack_bf16          x -> y                               float32 from such bits, exactly
 relax                anything TVM can legalize            op: Relax's name, relax_attrs: TVM's JSON of its attributes
 """  # noqa: E501
 
@@ -76,6 +78,7 @@ GRADIENTS = frozenset(
 )  # (dout, y or x) -> dx, with the forward's attributes
 
 ELEMENTWISE = UNARY | BINARY | TERNARY | GRADIENTS
+NARROWING = frozenset({"pack_bf16", "unpack_bf16"})  # elementwise; only passes/narrow_saved.py
 REDUCTIONS = frozenset("sum mean max min prod".split())
 SPATIAL = frozenset(
     "conv2d conv2d_input_grad conv2d_weight_grad max_pool2d max_pool2d_grad avg_pool2d "
@@ -90,9 +93,9 @@ POSITIONAL = frozenset({"dropout"})
 
 def is_elementwise(op: str) -> bool:
     """One output element depends on one (broadcast) element of each operand."""
-    return op in ELEMENTWISE
+    return op in ELEMENTWISE or op in NARROWING
 
 
 def joins_loops(op: str) -> bool:
     """What a kernel can compute element by element as part of another's loops."""
-    return op in ELEMENTWISE or op in POSITIONAL
+    return is_elementwise(op) or op in POSITIONAL

@@ -18,6 +18,7 @@ from pocktvm.passes.fuse import fuse
 from pocktvm.passes.fuse_blocks import fuse_blocks
 from pocktvm.passes.join_loss import join_loss
 from pocktvm.passes.join_products import join_products
+from pocktvm.passes.narrow_saved import narrow_saved
 from pocktvm.passes.order import order
 from pocktvm.passes.scale_grads import scale_grads
 from pocktvm.passes.scatter_updates import scatter_updates
@@ -47,23 +48,31 @@ PIPELINE: tuple[Pass, ...] = (
     order,
     join_products,
 )
+SAVED = ("float32", "bf16")  # how a step keeps activations for its backward pass
+
+
+def pipeline(saved: str = "float32") -> tuple[Pass, ...]:
+    """The passes in order; with "bf16" saved activations are narrowed before anything is fused."""
+    at = PIPELINE.index(fuse)
+    return PIPELINE if saved == "float32" else (*PIPELINE[:at], narrow_saved, *PIPELINE[at:])
 
 
 def run_passes(
     graph: Graph,
     target: Target | None = None,
     observe: Callable[[int, str, Graph], None] | None = None,
+    saved: str = "float32",
 ) -> Graph:
-    """`graph` through the pipeline.
+    """`graph` through the pipeline, its saved activations as `saved` says.
 
     `observe(index, pass name, graph)` is called after every pass, for dumps. With POCKTVM_CHECK=1
     in the environment every pass must keep the reference's numbers on random inputs (slow).
     `target` is what the passes may depend on; none does today.
     """
-    for index, function in enumerate(PIPELINE):
+    for index, function in enumerate(pipeline(saved)):
         before, graph = graph, function(graph).check()
         if checking():
-            compare(before, graph, function.__name__)
+            compare(before, graph, function.__name__, rounds=function is narrow_saved)
         if observe is not None:
             observe(index, function.__name__, graph)
     return graph

@@ -21,7 +21,8 @@ that only this node reads join with it (the `m * decay` of an optimizer); failin
 nobody else reads moves to the place of the node. Values read
 outside become outputs of the group: they would be stored anyway. An update never joins a group
 that a later reader of the old parameter depends on (it could not be placed behind that reader).
-Softmax, layer_norm and cross_entropy stay single: their rules take whole rows.
+Softmax, layer_norm and cross_entropy stay single: their rules take whole rows. What was saved as
+bfloat16 never joins the forward group that packed it, whatever it is read with: it would be stored.
 
 Runs after assign_layout and simplify: a view or a permute between two nodes ends a group.
 """
@@ -39,6 +40,7 @@ ANCHORS = REDUCTIONS | frozenset(
     "avg_pool2d_grad".split()
 )
 SMALL = 16384  # bytes; what may be computed earlier than the given order says
+WIDENS = "unpack_bf16"  # passes/narrow_saved.py
 OPERANDS = 12  # distinct tensors a kernel reads; more base addresses spill on every target
 
 
@@ -103,6 +105,8 @@ class Fuser:
         shape = self.shape(self.nodes[index].outputs[0])
         alone = Group([index], index, shape, None, True)
         self.group_of[index] = alone
+        if self.nodes[index].op == WIDENS:
+            return  # what reads it may take it in
         candidates = [g for g in self._operand_groups(alone) if g.open and g.shape == shape]
         if self._only_reduced(index):
             candidates = [
@@ -193,11 +197,17 @@ class Fuser:
                 self._can_hoist(g, group) for g in self._operand_groups(other) if g is not group
             )
             alike = other.elementwise and other.shape == group.shape
+            alike = alike and not self._widens_early(other, group)
             if ready and alike and self._all_read_by(other, late):
                 joining.append(other)
             elif not self._can_hoist(other, group):
                 return None
         return None if self._too_wide([group, late, *joining]) else joining
+
+    def _widens_early(self, group: Group, at: Group) -> bool:
+        """True for a wide copy that would be made in the forward pass."""
+        copies = any(self.nodes[m].op == WIDENS for m in group.members)
+        return copies and at.place <= self.maker.get(self.graph.outputs.get("loss", ""), -1)
 
     def _can_hoist(self, group: Group, ahead_of: Group, depth: int = 6) -> bool:
         """True for a group that runs before another, or can: small or a view, operands too."""
@@ -243,11 +253,18 @@ class Fuser:
         """An elementwise group only `home` reads moves into it, unless it reads too much."""
         if self._too_wide([home, group]) or group.place > home.place:
             return
+        if self._before_epilogue(home) & {o for m in group.members for o in self.nodes[m].outputs}:
+            return  # what the anchor reads must be in memory when its loops begin
         full = [n for n in self.operands([group]) if self._stays_live(n, group)]
         if len(full) <= 1 and self._updates_fit(
             [home, group], home.place
         ):  # its one result made way for at most one operand kept longer
             self._merge(home, group, home.place)
+
+    def _before_epilogue(self, group: Group) -> set[str]:
+        """What the anchor and its prologue read."""
+        first = [*group.prologue, *(() if group.anchor is None else (group.anchor,))]
+        return {name for member in first for name in self.nodes[member].inputs}
 
     def _stays_live(self, name: str, group: Group) -> bool:
         """True for a tensor of the group's shape that no later node would have kept anyway."""

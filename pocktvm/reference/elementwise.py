@@ -92,6 +92,18 @@ def astype(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
     return args[0].trunc() if to_int else args[0]
 
 
+@reference("pack_bf16")
+def pack_bf16(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
+    """The bits of torch's own bfloat16."""
+    return args[0].to(torch.bfloat16).view(torch.uint16)
+
+
+@reference("unpack_bf16")
+def unpack_bf16(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
+    """float32 from the bits of a bfloat16."""
+    return args[0].view(torch.bfloat16).to(torch.float32)
+
+
 def with_attributes(op: str, node: Node) -> Callable[[Tensor], Tensor]:
     """The forward function of a unary operator that takes attributes."""
     attrs = node.attrs
