@@ -3,7 +3,8 @@
     python examples/accuracy/run.py mobilenetv2-0.35 --data FOLDER --schemes full,last,auto:0.25
 
 `auto:0.25` searches with a quarter of the arena that `full` plans, beside as many bytes for code
-and frozen weights as `full` has; `auto:9MB` with a budget of so many bytes in all.
+and frozen weights as `full` has; `auto:9MB` with a budget of so many bytes in all;
+`auto:pockengine` with what that scheme's plan takes.
 `resample:part.toml` draws other channels after every epoch for what that scheme trains in part, in
 the memory of `part.toml`. Results are appended to a file, one line a scheme; what is there already
 is not run again. The table and, where matplotlib is installed, the plot are made from that file.
@@ -115,9 +116,13 @@ def searched(
 ) -> Scheme:
     """What the search chooses for `auto:BUDGET`; one analysis of a task serves all budgets."""
     share = scheme.partition(":")[2]
-    limit = parse_bytes(share) if share and not share[-1].isdigit() else None
+    rows = read(path)
+    if share in rows:
+        limit: int | None = int(rows[share]["total_bytes"])
+    else:
+        limit = parse_bytes(share) if share and not share[-1].isdigit() else None
     if share and limit is None:
-        full = read(path)["full"]
+        full = rows["full"]
         limit = int(full["total_bytes"] - (1 - float(share)) * full["arena_bytes"])
     build = Build.of(
         source.module, source.example_inputs, loss=source.loss, optimizer=task.optimizer,
