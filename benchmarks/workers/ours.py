@@ -18,9 +18,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
     options = parser.parse_args()
-    batch = np.load(options.batch)
+    with np.load(options.batch) as file:  # reads its zip on every access
+        x, y = file["x"], file["y"]
     trainer = pocktvm.load(options.artifact, threads=options.threads)
-    serve(lambda: trainer.step(batch["x"], batch["y"], lr=options.lr))
+    serve(lambda: trainer.step(x, y, lr=options.lr))
 
 
 if __name__ == "__main__":
