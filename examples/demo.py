@@ -199,8 +199,12 @@ def compare(ours: dict, theirs: dict) -> None:
     for label, key, form, factor in rows:
         cells = (form.format(run[key] * factor) for run in (ours, theirs))
         print(f"{label:38}" + "".join(f"{cell:>12}" for cell in cells))
-    for label, index in (("first loss", 0), ("last loss", -1)):
-        print(f"{label:38}" + "".join(f"{r['losses'][index]:>12.4f}" for r in (ours, theirs)))
+    for label, part in (
+        ("first loss", slice(1)),
+        ("mean loss of the last 90 steps", slice(-90, None)),
+    ):
+        means = (statistics.mean(run["losses"][part]) for run in (ours, theirs))
+        print(f"{label:38}" + "".join(f"{mean:>12.4f}" for mean in means))
     for label, index in (("held-out accuracy before", 0), ("held-out accuracy after", 1)):
         print(f"{label:38}" + "".join(f"{r['accuracy'][index]:>12.3f}" for r in (ours, theirs)))
     print(f"{'gap of the losses around one update':38}{gap:>12.1e} of the loss\n")

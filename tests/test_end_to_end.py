@@ -27,6 +27,8 @@ pytestmark = pytest.mark.build
 FAST = {"mlp", "cnn", "mobilenetv2", "bert", "llama"}
 # Rates at which torch's float32 agrees with its float64: above them a ReLU that flips decides.
 LR = dict.fromkeys(("mobilenetv2", "mcunet", "resnet18", "resnet50"), 1e-3)
+# In full, ResNet-50's two differ by 1.6e-3 at 1e-3 within these ten steps, by 1.6e-5 at 1e-4.
+LR_FULL = {**LR, "resnet50": 1e-4}
 DEFAULT_LR = 0.01
 
 
@@ -57,7 +59,7 @@ def check(model: str, scheme: str, optimizer, make_optimizer, lr, exempt=lambda 
     "model", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in REDUCED]
 )
 def test_sgd_is_torchs(model, scheme):
-    lr = LR.get(model, DEFAULT_LR)
+    lr = (LR_FULL if scheme == "full" else LR).get(model, DEFAULT_LR)
     check(model, scheme, pocktvm.SGD(lr=lr), lambda p: torch.optim.SGD(p, lr=lr), lr)
 
 
