@@ -9,8 +9,16 @@ import torch
 
 from benchmarks import sitting
 from benchmarks.contestants import Script
+from benchmarks.kernels import measured
 from benchmarks.peers import PeersDir, load_weights
 from benchmarks.step import _parser, _peers, check_losses, summary
+from benchmarks.torch_kernels import CONVOLUTIONS, TorchKernels, convolution
+from pocktvm.autodiff.differentiate import differentiate
+from pocktvm.build import Build
+from pocktvm.compiler import compile
+from pocktvm.frontend.resolve import resolve_model
+from pocktvm.passes import run_passes
+from pocktvm.reference import RULES
 
 pytestmark = pytest.mark.build
 
@@ -108,3 +116,47 @@ def test_peers_of_a_row():
     assert sitting.peers_of("w1a", True) == ["torch", "torch-fold_cl", "tf", "ort"]
     assert sitting.peers_of("w3", True) == ["torch", "torch-compile", "jax"]
     assert sitting.peers_of("w4", False) == ["torch", "torch-compile"]
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A small convolutional network's differentiated and fused step."""
+    source = resolve_model("mobilenetv2:width=0.35,image=32,classes=4", batch=2)
+    return Build.of(source.module, source.example_inputs, published=source.scheme)
+
+
+def test_torchs_kernels_compute_what_ours_do(small):
+    """Its convolutions equal the reference's, in both directions and for the weights."""
+    step, _ = differentiate(*small.resolve(), small.loss, small.optimizer)
+    step = run_passes(step, small.target)
+    checked = set()
+    rng = np.random.default_rng(0)
+    for node in (n for top in step.nodes for n in top.kernel_nodes()):
+        if node.op not in CONVOLUTIONS:
+            continue
+        checked.add((node.op, node.attrs.get("groups", 1) > 1))
+        args = [
+            torch.from_numpy(rng.standard_normal(step.values[i].shape).astype(np.float32))
+            for i in node.inputs
+        ]
+        outs = [step.values[name] for name in node.outputs]
+        expected = RULES[node.op](node, args, outs)
+        torch.testing.assert_close(convolution(node, args, outs), expected, rtol=1e-4, atol=1e-4)
+    assert len(checked) == 2 * len(CONVOLUTIONS)
+    # the whole block, not the activation it ends with
+    blocks = [n for n in step.nodes if len(n.kernel_nodes()) > 1]
+    assert all(TorchKernels(step, 1).of[n.outputs] is n for n in blocks)
+
+
+def test_every_kernel_has_a_roofline_and_torchs_time(small, tmp_path):
+    artifact = compile(small, tmp_path / "artifact")
+    manifest = json.loads((artifact.path / "manifest.json").read_text())
+    profile = [(call["call"], 1.0) for call in manifest["timeline"]["step"]]
+    rows = measured(profile, small, torch_threads=1)
+    assert [row["kernel"] for row in rows] == [label for label, _ in profile]
+    assert [row["flops"] for row in rows] == [c["flops"] for c in manifest["timeline"]["step"]]
+    assert all(row["bytes"] > 0 for row in rows)
+    untimed = [row["kernel"] for row in rows if row["torch_ms"] is None]
+    assert untimed == ["permute_dims"]
+    with pytest.raises(SystemExit, match="the profile has 'other'"):
+        measured([("other", 1.0), *profile[1:]], small)
