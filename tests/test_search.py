@@ -32,7 +32,7 @@ from pocktvm.search.analysis import Settings, checked_samples
 from pocktvm.search.auto import search
 from pocktvm.search.candidates import find_candidates
 from pocktvm.search.curve import smoothed
-from pocktvm.search.finals import judged, key_of, winner
+from pocktvm.search.finals import AGAIN, judged, key_of, winner
 from pocktvm.search.planner import Planner
 from pocktvm.search.select import Limits, Selector
 from pocktvm.search.table import Row, Table
@@ -225,7 +225,10 @@ def test_finalists_differ_and_fit(tmp_path):
     most = selector.best(Limits()).cost.total_bytes
     limits = Limits((most + planner.cost(candidates.head).total_bytes) // 2)
     found = selector.finalists(limits)
-    assert {recipe.name for recipe, _ in found} == {"contributions", "published", "even"}
+    names = {recipe.name for recipe, _ in found}
+    assert {"contributions", "published", "blocks"} <= names  # "even" where it is none of these
+    whole = [recipe.base for recipe, _ in found if recipe.name == "blocks"]
+    assert all(len(set(base.values())) == 1 for base in whole)
     assert all(limits.hold(choice.cost) for _, choice in found)
     assert len({json.dumps([c.depth, sorted(c.weights.items())]) for _, c in found}) == len(found)
     published = next(choice for recipe, choice in found if recipe.name == "published")
@@ -234,7 +237,7 @@ def test_finalists_differ_and_fit(tmp_path):
 
 
 def test_the_final_decides(tmp_path):
-    """Not the sum of contributions."""
+    """Not the sum of contributions, and not its first round."""
     build = build_of(MLP)
     model, _ = build.resolve()
     candidates = find_candidates(model)
@@ -243,8 +246,12 @@ def test_the_final_decides(tmp_path):
     choices = [c for _, c in Selector(table, candidates, planner).finalists(Limits())]
     assert not judged(table, choices)
     for place, choice in enumerate(choices):
-        table.add(Row(*key_of(choice), 0.5 if place == 1 else 0.1 * place))
-    assert judged(table, choices) and winner(table, choices) == 1
+        table.add(Row(*key_of(choice), 0.1 * place))
+    best = range(len(choices))[-3:]
+    for place in best:
+        assert not judged(table, choices)
+        table.add(Row(*key_of(choices[place], AGAIN), 0.5 if place == best[1] else 0.1))
+    assert judged(table, choices) and winner(table, choices) == best[1]
 
 
 def test_an_embedding_that_is_the_classifier_need_not_learn(tmp_path):
@@ -302,18 +309,24 @@ def test_scheme_then_build(tmp_path, data, method):
     done, text = run("scheme", MLP, *common, "--analysis", table, "-o", toml, "--json")
     assert done.exit_code == 0, text
     facts = json.loads(done.stdout)
-    assert facts["trials"] == 5 + 4 * 4 + len(facts["finalists"])
+    longer = [f["longer_gain"] for f in facts["finalists"] if f["longer_gain"] is not None]
+    unlike = {(f["bias_depth"], *sorted(f["weights"].items())) for f in facts["finalists"]}
+    assert len(longer) == min(3, len(unlike))
+    assert facts["trials"] == 5 + 4 * 4 + len(unlike) + len(longer)
     assert facts["chosen"] in facts["frontier"]
-    gains = [finalist["trained_gain"] for finalist in facts["finalists"]]
-    best = facts["finalists"][gains.index(max(gains))]
-    assert best["weights"] == facts["chosen"]["weights"] and len(gains) >= 2
+    best = next(f for f in facts["finalists"] if f["longer_gain"] == max(longer))
+    assert best["weights"] == facts["chosen"]["weights"] and len(longer) >= 2
+    first = sorted((f["trained_gain"] for f in facts["finalists"]), reverse=True)
+    entered = [f["trained_gain"] for f in facts["finalists"] if f["longer_gain"] is not None]
+    assert sorted(entered, reverse=True) == first[: len(entered)]  # the best went on
     assert Scheme.from_toml(toml).mapping == facts["scheme"]
     limit = (3 * facts["plan_bytes"] + facts["frontier"][0]["total_bytes"]) // 4
     before = table.read_text()
     done, text = run("scheme", MLP, *common, "--analysis", table, "--budget", limit, "--json")
     assert done.exit_code == 0 and table.read_text().startswith(before)
     more = [json.loads(line)["kind"] for line in table.read_text()[len(before) :].splitlines()]
-    assert set(more) <= {"joint"}  # another budget has other finalists, but no new trials
+    # another budget has other finalists, but no new trials
+    assert set(more) <= {"joint", "joint longer"}
     smaller = json.loads(done.stdout)
     assert smaller["plan_bytes"] <= limit < facts["plan_bytes"]
     done, text = run(
@@ -346,7 +359,7 @@ def test_a_stopped_analysis_goes_on_and_ends_the_same(tmp_path):
     found = search(replace(build, analysis=path), progress=lambda s, d="": tried.append((s, d)))
     assert not any(stage == "compile kernels" for stage, _ in tried)  # the artifact was kept
     assert next(d.partition(",")[0] for s, d in tried if s == "try candidates") == "6/21"
-    assert len([r for r in found.table.rows.values() if r.kind != "joint"]) == 21
+    assert len([r for r in found.table.rows.values() if "joint" not in r.kind]) == 21
     assert all(found.table.rows[key] == row for key, row in kept.items())
     whole = search(replace(build, analysis=tmp_path / "other.jsonl")).table.rows
     for key, row in found.table.rows.items():  # unless the pace, thus the steps, came out otherwise

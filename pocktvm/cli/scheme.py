@@ -108,8 +108,11 @@ def _facts(found: Found, target: str, budget: int | None) -> dict[str, Any]:
         "chosen": point(found.choice), "plan_bytes": found.planned_bytes, "scheme": found.mapping(),
         "frontier": [point(choice) for choice in found.frontier],
         "finalists": [
-            {"recipe": name, "trained_gain": gain, **point(choice)}
-            for name, choice, gain in found.finalists
+            {
+                "recipe": f.recipe, "trained_gain": f.gain, "longer_gain": f.longer_gain,
+                **point(f.choice),
+            }
+            for f in found.finalists
         ],
     }  # fmt: skip
 
@@ -142,10 +145,12 @@ def _show(facts: dict[str, Any], out: Path | None) -> None:
 
 def _show_finalists(finalists: list[dict[str, Any]]) -> None:
     print("\nfinalists, each trained as a whole (gain over the classifier alone)")
-    print(f"  {'gain':>9}  {'plan':>9}  biases of  weights  by")
+    print(f"  {'gain':>9}  {'longer':>9}  {'plan':>9}  biases of  weights  by")
     for point in finalists:
-        gain = "" if point["trained_gain"] is None else f"{point['trained_gain']:.4f}"
+        gains = (point["trained_gain"], point["longer_gain"])
+        gain, longer = ("" if g is None else f"{g:.4f}" for g in gains)
+        plan = format_bytes(point["total_bytes"])
         print(
-            f"  {gain:>9}  {format_bytes(point['total_bytes']):>9}  {point['bias_depth']:>9}  "
+            f"  {gain:>9}  {longer:>9}  {plan:>9}  {point['bias_depth']:>9}  "
             f"{len(point['weights']):>7}  {point['recipe']}"
         )

@@ -31,19 +31,24 @@ from pocktvm.ir.scheme import Scheme
 from pocktvm.passes import run_passes
 from pocktvm.search.bench import Bench
 from pocktvm.search.candidates import SHARES, Candidates, Key
-from pocktvm.search.finals import trials_worth
+from pocktvm.search.finals import rounds_worth
 from pocktvm.search.planner import cost_of, count_kernels
 from pocktvm.search.table import Row, Table, digest
 from pocktvm.targets import load_target
 
 METHODS = ("finetune", "fisher", "grad-norm")
 STEPS = (8, 60)  # of a trial, at least and at most
-PROTOCOL = 2  # of the trials: tables of another one are not gone on with
+WARM_UP_STEPS = (16, 1500)
+FINAL_STEPS = (16, 600)  # of its first round
+WARM_UP, TRIALS = 0.15, 0.5  # of the time; the final has the rest
+PROTOCOL = 3  # of the trials: tables of another one are not gone on with
 TRIAL_RATES = (1.0, 0.3, 0.1)  # times the optimizer's
 HELD_OUT = 256  # samples
 PROXY_BATCHES = 16
 UNSTAMPED = ("shares", "minutes", "threads")  # settings that another run may change
-SETTLED = ("steps", "step_seconds", "kernel_bytes", "full_work")
+SETTLED = (
+    "steps", "warm_up_steps", "final_steps", "step_seconds", "kernel_bytes", "full_work",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,8 @@ def analyse(
         table = Table.open(path, facts, SETTLED)
         if table.rows and not table.missing(keys):
             return table
-    trials = len(keys) + trials_worth()
     with opened(build, model, candidates, arrays, settings, path, progress) as (bench, measured):
-        measured |= _pace(bench, candidates, settings, trials)
+        measured |= _pace(bench, candidates, settings, len(keys))
         table = Table.open(path, {**facts, **measured}, SETTLED)
         if settings.method == "finetune":
             _finetune(bench, candidates, table, keys, progress)
@@ -210,11 +214,20 @@ def _stamp(build: Build, model: Model, settings: Settings) -> dict[str, Any]:
 def _pace(
     bench: Bench, candidates: Candidates, settings: Settings, trials: int
 ) -> dict[str, Any]:
-    """Steps of a trial, so that all of them take the minutes given; more than the most is not
-    needed, fewer than the least says nothing."""
+    """Steps of the warm-up, of a trial and of the final's first round, so that all together take
+    the minutes given; more than the most is not needed, fewer than the least says nothing."""
     step, judge = bench.seconds(candidates.head)
-    steps = (settings.minutes * 60 / (trials + 2) - judge) / step
-    return {"steps": int(np.clip(steps, *STEPS)), "step_seconds": step}
+    seconds = settings.minutes * 60
+
+    def steps(share: float, times: float, bounds: tuple[int, int]) -> int:
+        return int(np.clip((share * seconds / times - judge) / step, *bounds))
+
+    return {
+        "steps": steps(TRIALS, trials + len(TRIAL_RATES) + 1, STEPS),
+        "warm_up_steps": steps(WARM_UP, 2, WARM_UP_STEPS),  # for the trials, and for the final
+        "final_steps": steps(1 - WARM_UP - TRIALS, rounds_worth(), FINAL_STEPS),
+        "step_seconds": step,
+    }
 
 
 def _finetune(
@@ -226,7 +239,7 @@ def _finetune(
 ) -> None:
     """Gain: how much lower the held-out loss ends than with the classifier alone."""
     steps = int(table.facts["steps"])
-    bench.warm_up(candidates.head, steps)
+    bench.warm_up(candidates.head, int(table.facts["warm_up_steps"]))
     rate = _rate(bench, steps)
     bench.fit(candidates.head, steps, rate=rate, decay=True)
     alone = bench.held_out_loss()
@@ -277,7 +290,7 @@ def _proxy(
 ) -> None:
     """grad-norm: mean squared norm of the gradient, what a small step of SGD gains to first order;
     fisher: mean of (weight * gradient)² / 2, what removing the weights would cost."""
-    bench.warm_up(candidates.head, int(table.facts["steps"]))
+    bench.warm_up(candidates.head, int(table.facts["warm_up_steps"]))
     names = dict.fromkeys(bench.rates.slots, 1.0)
     scores: dict[str, np.ndarray] = {}
     for number, rows in enumerate(bench.batches(PROXY_BATCHES)):

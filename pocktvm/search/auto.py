@@ -14,13 +14,24 @@ from pocktvm.errors import PockError
 from pocktvm.ir.model import Model
 from pocktvm.ir.scheme import Scheme
 from pocktvm.search.candidates import Candidates, find_candidates
-from pocktvm.search.finals import hold_final, judged, key_of, winner
+from pocktvm.search.finals import AGAIN, hold_final, judged, key_of, winner
 from pocktvm.search.planner import Planner
 from pocktvm.search.select import Choice, Limits, Recipe, Selector, check_smallest
 from pocktvm.search.table import Table
 from pocktvm.units import format_bytes
 
 ATTEMPTS = 4  # choose, plan what was chosen, choose again within what that left
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """How a choice came about, and what it gained over the classifier alone when it was trained as
+    a whole: in the first round and, of the best, in the longer one."""
+
+    recipe: str
+    choice: Choice
+    gain: float | None
+    longer_gain: float | None
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class Found:
     candidates: Candidates
     pace: float  # modelled seconds per second of the roofline
     planned_bytes: int  # of the choice, its kernels compiled
-    finalists: list[tuple[str, Choice, float | None]]  # recipe, what it gives, its measured gain
+    finalists: list[Finalist]
 
     def seconds(self, choice: Choice) -> float:
         """Modelled time of a step: its roofline, for this machine at the pace measured here."""
@@ -105,7 +116,10 @@ def search(
     if explore:
         selector.explore(choice)
     gains = {key: row.gain for key, row in table.rows.items()}
-    told = [(recipe.name, c, gains.get(key_of(c))) for recipe, c in finalists]
+    told = [
+        Finalist(recipe.name, c, gains.get(key_of(c)), gains.get(key_of(c, AGAIN)))
+        for recipe, c in finalists
+    ]
     return Found(choice, selector.frontier(choice), table, candidates, pace, planned, told)
 
 

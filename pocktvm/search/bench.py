@@ -23,8 +23,6 @@ from pocktvm.runtime.tensor_file import (
 )
 from pocktvm.runtime.trainer import Trainer
 
-WARM_UP = 2  # times a trial's steps
-
 
 class Bench:
     """An open analysis artifact with its data, split into training and held-out samples."""
@@ -52,9 +50,10 @@ class Bench:
         trainer.save(self.start)
 
     def warm_up(self, head: Mapping[str, float], steps: int) -> None:
-        """Train the classifier alone; what trials start from are these weights and a fresh
-        optimizer."""
-        self.fit(head, WARM_UP * steps)
+        """Train the classifier alone, until little is left for it to learn: before that it learns
+        more than any other tensor, and what those add shows late. What trials start from are these
+        weights and a fresh optimizer."""
+        self.fit(head, steps, decay=True)
         state = self.trainer.state_dict()
         index = read_index(self.start)
         tensors = {n: read_tensor(self.start, entry) for n, entry in index.items()}

@@ -1,9 +1,11 @@
 """The last step of a search: train the likely choices as a whole, for longer, and take the best.
 
 Contributions are of single tensors, measured in a few steps; that they add up is an assumption. A
-final drops it: every finalist trains from the same start, at the rate of the trials and at a third
-of it, both falling to zero, on the same samples; what counts is the loss on the held-out ones. The
-classifier alone is among them, as what gains are told against.
+final drops it: every finalist trains from the same start, at the optimizer's rate and at a third
+of it, both falling to zero, on the same samples; what counts is the loss on the held-out ones. What
+learns much needs its time: in sixty steps training biases may look better than training weights.
+So the best of a first round train again for longer, and one of them wins.
+The classifier alone is among the first, as what gains are told against.
 """
 
 from __future__ import annotations
@@ -19,29 +21,39 @@ from pocktvm.search.bench import Bench
 from pocktvm.search.select import Choice
 from pocktvm.search.table import Row, Table
 
-LONGER = 4  # times the steps of a trial
-RATES = (1.0, 1 / 3)  # of the rate of the trials
-ENTRANTS = 8  # about as many, for the time they take
-KIND = "joint"
+RATES = (1.0, 1 / 3)  # of the optimizer's
+LONGER, LAST = 3, 3  # times the steps of the first round; how many train so long
+ENTRANTS = 9  # about as many, with the classifier alone
+KIND, AGAIN = "joint", "joint longer"
 
 Progress = Callable[[str, str], None]
 
 
-def trials_worth() -> int:
-    """How many trials' time a final takes, about."""
-    return LONGER * len(RATES) * ENTRANTS
+def rounds_worth() -> int:
+    """How many times the steps of the first round a final takes, about."""
+    return len(RATES) * (ENTRANTS + LONGER * (LAST + 1))
 
 
-def key_of(choice: Choice) -> tuple[str, str, float]:
+def key_of(choice: Choice, kind: str = KIND) -> tuple[str, str, float]:
     """The row of a finalist: what learns, in short; the digest tells it from all others."""
     text = json.dumps([choice.depth, sorted(choice.weights.items())])
     name = f"{choice.depth} blocks, {len(choice.weights)} weights, "
-    return KIND, name + hashlib.sha256(text.encode()).hexdigest()[:12], 1.0
+    return kind, name + hashlib.sha256(text.encode()).hexdigest()[:12], 1.0
 
 
 def judged(table: Table, choices: Sequence[Choice]) -> bool:
-    """True when the table has a result of every finalist."""
-    return not table.missing([key_of(choice) for choice in choices])
+    """True when the table has every finalist's result of the first round, and the best ones' of
+    the second."""
+    first = [key_of(choice) for choice in choices]
+    if table.missing(first):
+        return False
+    return not table.missing([key_of(choice, AGAIN) for choice in _best(table, choices)])
+
+
+def _best(table: Table, choices: Sequence[Choice]) -> list[Choice]:
+    """Those that train for longer: the best of the first round; of equals the first."""
+    unique = list({key_of(c): c for c in choices}.values())
+    return sorted(unique, key=lambda c: -table.rows[key_of(c)].gain)[:LAST]
 
 
 def hold_final(
@@ -51,25 +63,43 @@ def hold_final(
     choices: Sequence[Choice],
     progress: Progress | None = None,
 ) -> None:
-    """Add a row for each finalist that has none. `bench` is warmed up here."""
-    left = [c for c in dict((key_of(c), c) for c in choices).values() if not judged(table, [c])]
-    if not left:
+    """Add the rows that are missing. `bench` is warmed up here."""
+    if judged(table, choices):
         return
-    steps = int(table.facts["steps"])
-    bench.warm_up(head, steps)
-    alone = _lowest(bench, head, LONGER * steps)
-    for number, choice in enumerate(left):
-        if progress:
-            progress("train the finalists", f"{number + 1}/{len(left)}")
-        began = time.monotonic()
-        loss = _lowest(bench, choice.updated, LONGER * steps)
-        gain = alone - loss if np.isfinite(loss) else -1e9  # it diverged
-        table.add(Row(*key_of(choice), float(gain), round(time.monotonic() - began, 3)))
+    bench.warm_up(head, int(table.facts["warm_up_steps"]))
+    steps = int(table.facts["final_steps"])
+    first = {key_of(c): c for c in choices}
+    _round(bench, head, table, first, steps, progress)
+    again = {key_of(c, AGAIN): c for c in _best(table, choices)}
+    _round(bench, head, table, again, LONGER * steps, progress)
 
 
 def winner(table: Table, choices: Sequence[Choice]) -> int:
-    """The place of the finalist with the largest gain; of equals the first."""
-    return int(np.argmax([table.rows[key_of(choice)].gain for choice in choices]))
+    """The place of the one that did best in the second round; of equals the first."""
+    gains = [table.rows.get(key_of(choice, AGAIN)) for choice in choices]
+    return int(np.argmax([-np.inf if row is None else row.gain for row in gains]))
+
+
+def _round(
+    bench: Bench,
+    head: Mapping[str, float],
+    table: Table,
+    entrants: Mapping[tuple[str, str, float], Choice],
+    steps: int,
+    progress: Progress | None,
+) -> None:
+    """A row for each entrant that has none: how much lower than the classifier alone it ends."""
+    left = table.missing(list(entrants))
+    if not left:
+        return
+    alone = _lowest(bench, head, steps)
+    for number, key in enumerate(left):
+        if progress:
+            progress("train the finalists", f"{number + 1}/{len(left)}, {steps} steps")
+        began = time.monotonic()
+        loss = _lowest(bench, entrants[key].updated, steps)
+        gain = alone - loss if np.isfinite(loss) else -1e9  # it diverged
+        table.add(Row(*key, float(gain), round(time.monotonic() - began, 3)))
 
 
 def _lowest(bench: Bench, updated: Mapping[str, float], steps: int) -> float:

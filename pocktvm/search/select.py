@@ -165,7 +165,7 @@ class Selector:
         best = self.best(limits)
         found = [(Recipe("contributions", best.depth, {}), best)]
         spread = [Recipe("contributions", depth, {}) for depth in self._spread()]
-        for recipe in [*self._published(limits), *spread]:
+        for recipe in [*self._published(limits), *self._whole(limits), *spread]:
             choice = self.make(recipe, limits)
             if choice is not None and all(choice.updated != c.updated for _, c in found):
                 found.append((recipe, choice))
@@ -198,6 +198,19 @@ class Selector:
             if limits.hold(self._plan(depths[0], base).cost):
                 return [Recipe("published", depths[0], base), even]
         return [even]
+
+    def _whole(self, limits: Limits) -> list[Recipe]:
+        """Everything in the last blocks, as many as fit: of every weight, or of half its
+        channels. Nothing measured goes into these, so that no noise does."""
+        found = []
+        for share in SHARES[:2]:
+            for depth in reversed([d for d in self.candidates.depths if d not in ("0", ALL)]):
+                names = (n for n in self.candidates.weights if self.candidates.reaches(depth, n))
+                base = dict.fromkeys(names, share)
+                if limits.hold(self._plan(depth, base).cost):
+                    found.append(Recipe("blocks", depth, base))
+                    break
+        return found
 
     def _covers(self, depth: str, biases: set[str], weights: Iterable[str]) -> bool:
         return biases <= set(self.candidates.biases(depth)) and all(
