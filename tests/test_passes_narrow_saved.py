@@ -158,7 +158,7 @@ def test_a_build_trains_nearly_alike_in_less_memory(model, monkeypatch, tmp_path
     plain = pocktvm.compile(module, inputs, **options)
     narrow = pocktvm.compile(module, inputs, saved="bf16", out=tmp_path / "narrow", **options)
     transient = [a.plan.arena_bytes - a.plan.persistent_bytes for a in (narrow, plain)]
-    assert transient[0] < 0.8 * transient[1]
+    assert transient[0] < 0.85 * transient[1]
     done = subprocess.run([narrow.path / "pocktvm-run", narrow.path, "--selftest"], check=False)
     assert done.returncode == 0
     ours, _ = our_run(narrow, work, 2e-3, steps=50)

@@ -9,7 +9,8 @@ Conventions every room relies on:
   `relax.` / `relax.nn.` prefix (`add`, `conv2d`, `layer_norm`, …) or one of our own. The
   vocabulary, with attributes and shapes, is `pocktvm/ir/ops.py`.
 - Floating values are float32; integers are int32 (int64 is narrowed on the way in); bool is bool.
-  What is saved as bfloat16 is uint16, its bits (passes/narrow_saved.py).
+  What is saved as bfloat16 is uint16, its bits (passes/narrow_saved.py); masks and places in a
+  window are uint8 (save_masks.py, index_pools.py).
 - Elementwise operators broadcast as numpy does; scalars are rank-0 values.
 - A *group* is a node with a `body`: what one kernel computes. `op` is then "group", `inputs` and
   `outputs` are what crosses its border, `attrs["anchor"]` is the index in the body of the node that

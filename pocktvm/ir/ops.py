@@ -52,6 +52,13 @@ dropout              x, seed() -> y                       p, key, start: 0 where
                                                           else x / (1 - p). Its own gradient; see DROPOUT below
 pack_bf16            x -> y                               uint16: the upper half of x's bits, rounded to nearest even
 unpack_bf16          x -> y                               float32 from such bits, exactly
+pack_mask            y -> m                               uint8: bit i of byte k of a row is 1 where the gradient named
+                                                          by test (relu, relu6, clip: min, max) passes at channel
+                                                          k * group + i; the last axis is that divided by group, up
+apply_mask           dout, m -> dx                        the same: dout where the bit is 1, else 0
+max_pool2d_indexed   x -> y, i                            max_pool2d's; i is uint8: the first maximum's place in its
+                                                          window, row by row
+max_pool2d_scatter   dy, i -> dx                          max_pool2d's: dy to those places
 relax                anything TVM can legalize            op: Relax's name, relax_attrs: TVM's JSON of its attributes
 """  # noqa: E501
 
@@ -81,14 +88,18 @@ ELEMENTWISE = UNARY | BINARY | TERNARY | GRADIENTS
 NARROWING = frozenset({"pack_bf16", "unpack_bf16"})  # elementwise; only passes/narrow_saved.py
 REDUCTIONS = frozenset("sum mean max min prod".split())
 SPATIAL = frozenset(
-    "conv2d conv2d_input_grad conv2d_weight_grad max_pool2d max_pool2d_grad avg_pool2d "
-    "avg_pool2d_grad resize2d resize2d_grad".split()
+    "conv2d conv2d_input_grad conv2d_weight_grad max_pool2d max_pool2d_grad max_pool2d_indexed "
+    "max_pool2d_scatter avg_pool2d avg_pool2d_grad resize2d resize2d_grad".split()
 )
 VIEWS = frozenset({"reshape"})
 
 # Elementwise but for this: the result depends on *where* an element lies, counted row-major over
 # the node's own shape. It fuses like an elementwise operator; no pass may permute or cut it.
 POSITIONAL = frozenset({"dropout"})
+
+# Elementwise over the shape of their first operand, but for masks, whose last axis is shorter
+# (passes/save_masks.py). They join loops whose vectors begin at multiples of `group`.
+MASKING = frozenset({"pack_mask", "apply_mask"})
 
 
 def is_elementwise(op: str) -> bool:
@@ -98,4 +109,4 @@ def is_elementwise(op: str) -> bool:
 
 def joins_loops(op: str) -> bool:
     """What a kernel can compute element by element as part of another's loops."""
-    return is_elementwise(op) or op in POSITIONAL
+    return is_elementwise(op) or op in POSITIONAL or op in MASKING

@@ -16,10 +16,12 @@ from pocktvm.passes.fold_constants import fold_constants
 from pocktvm.passes.fold_scales import fold_scales
 from pocktvm.passes.fuse import fuse
 from pocktvm.passes.fuse_blocks import fuse_blocks
+from pocktvm.passes.index_pools import index_pools
 from pocktvm.passes.join_loss import join_loss
 from pocktvm.passes.join_products import join_products
 from pocktvm.passes.narrow_saved import narrow_saved
 from pocktvm.passes.order import order
+from pocktvm.passes.save_masks import save_masks
 from pocktvm.passes.scale_grads import scale_grads
 from pocktvm.passes.scatter_updates import scatter_updates
 from pocktvm.passes.simplify import simplify
@@ -43,6 +45,8 @@ PIPELINE: tuple[Pass, ...] = (
     skip_masked,
     join_loss,
     scatter_updates,
+    index_pools,
+    save_masks,
     fuse,
     fuse_blocks,
     order,
@@ -67,10 +71,11 @@ def run_passes(
 
     `observe(index, pass name, graph)` is called after every pass, for dumps. With POCKTVM_CHECK=1
     in the environment every pass must keep the reference's numbers on random inputs (slow).
-    `target` is what the passes may depend on; none does today.
+    `target` is what save_masks depends on: how many bits a kernel writes at a time.
     """
     for index, function in enumerate(pipeline(saved)):
-        before, graph = graph, function(graph).check()
+        after = save_masks(graph, target) if function is save_masks else function(graph)
+        before, graph = graph, after.check()
         if checking():
             compare(before, graph, function.__name__, rounds=function is narrow_saved)
         if observe is not None:

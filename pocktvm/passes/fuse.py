@@ -36,8 +36,8 @@ from pocktvm.ir.graph import Graph, Node
 from pocktvm.ir.ops import REDUCTIONS, VIEWS, joins_loops
 
 ANCHORS = REDUCTIONS | frozenset(
-    "matmul conv2d conv2d_input_grad conv2d_weight_grad max_pool2d max_pool2d_grad avg_pool2d "
-    "avg_pool2d_grad".split()
+    "matmul conv2d conv2d_input_grad conv2d_weight_grad max_pool2d max_pool2d_grad "
+    "max_pool2d_indexed max_pool2d_scatter avg_pool2d avg_pool2d_grad".split()
 )
 SMALL = 16384  # bytes; what may be computed earlier than the given order says
 WIDENS = "unpack_bf16"  # passes/narrow_saved.py
@@ -102,7 +102,8 @@ class Fuser:
             self._take_prologue(group, node.inputs[0])
 
     def _visit_elementwise(self, index: int) -> None:
-        shape = self.shape(self.nodes[index].outputs[0])
+        node = self.nodes[index]
+        shape = self.shape((node.inputs if node.op == "pack_mask" else node.outputs)[0])
         alone = Group([index], index, shape, None, True)
         self.group_of[index] = alone
         if self.nodes[index].op == WIDENS:
@@ -156,6 +157,27 @@ class Fuser:
         """More tensors than a kernel should read; scalars are free."""
         return sum(self.graph.values[n].size > 1 for n in self.operands(groups)) > OPERANDS
 
+    def _masks_fit(self, groups: Iterable[Group]) -> bool:
+        """True when masks among these groups, merged, can be read and written: bits are packed by
+        loops over whole vectors of channels, and read from memory."""
+        groups = list(groups)
+        members = [self.nodes[m] for g in groups for m in g.members]
+        packed = {n.outputs[0] for n in members if n.op == "pack_mask"}
+        read = {n.inputs[1] for n in members if n.op == "apply_mask"}
+        if packed & read:
+            return False
+        anchors = [self.nodes[g.anchor] for g in groups if g.anchor is not None]
+        return not (packed or read) or all(self._whole_vectors(n, bool(packed)) for n in anchors)
+
+    def _whole_vectors(self, anchor: Node, writes: bool) -> bool:
+        """True for anchors whose vectors begin at multiples of a vector: those of a convolution in
+        groups need not, and what a reduction writes may be single elements."""
+        if anchor.op in REDUCTIONS:
+            return not writes
+        groups = anchor.attrs.get("groups", 1)
+        channels = {self.shape(n)[-1] for n in (anchor.inputs[0], anchor.outputs[0])}
+        return groups == 1 or channels == {groups}
+
     def _all_read_by(self, group: Group, reader: Group) -> bool:
         """True when no node outside `reader` (and `group`) reads what `group` computes."""
         for member in group.members:
@@ -168,7 +190,7 @@ class Fuser:
 
     def _join(self, group: Group, late: Group) -> bool:
         """Merge the newest node into `group` at the group's place, or else here."""
-        if self._too_wide([group, late]):
+        if self._too_wide([group, late]) or not self._masks_fit([group, late]):
             return False
         others = [g for g in self._operand_groups(late) if g is not group]
         joining = self._ahead(group, late, others)
@@ -181,6 +203,8 @@ class Fuser:
                 if other is not group and other not in joining:
                     self._hoist(other, place)
         if not self._updates_fit([group, late, *joining], place):
+            return False
+        if not self._masks_fit([group, late, *joining]):
             return False
         for other in (*joining, late):
             self._merge(group, other, place)
@@ -253,6 +277,8 @@ class Fuser:
         """An elementwise group only `home` reads moves into it, unless it reads too much."""
         if self._too_wide([home, group]) or group.place > home.place:
             return
+        if not self._masks_fit([home, group]):
+            return
         if self._before_epilogue(home) & {o for m in group.members for o in self.nodes[m].outputs}:
             return  # what the anchor reads must be in memory when its loops begin
         full = [n for n in self.operands([group]) if self._stays_live(n, group)]
@@ -281,7 +307,7 @@ class Fuser:
             return
         if any(o in self.results for m in group.members for o in self.nodes[m].outputs):
             return  # a result of the prologue's shape cannot leave the reduction's loops
-        if not self._too_wide([reduction, group]):
+        if not self._too_wide([reduction, group]) and self._masks_fit([reduction, group]):
             reduction.prologue = list(group.members)
             self._merge(reduction, group, reduction.place)
 

@@ -102,3 +102,14 @@ def overwritable(node: Node, values: Mapping[str, Value]) -> list[tuple[str, str
             if a.shape == b.shape and a.dtype == b.dtype and name not in blocked:
                 pairs.append((out, name))
     return pairs
+
+
+def forward_nodes(graph: Graph) -> set[int]:
+    """Nodes that outputs are computed from; all others are the backward pass and the updates."""
+    needed, found = set(graph.outputs.values()), set[int]()
+    for index in range(len(graph.nodes) - 1, -1, -1):
+        node = graph.nodes[index]
+        if needed.intersection(node.outputs):
+            needed.update(node.inputs)
+            found.add(index)
+    return found

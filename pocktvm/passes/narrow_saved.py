@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pocktvm.ir.graph import Graph, Value
 from pocktvm.ir.ops import VIEWS
 from pocktvm.passes.edit import Editor
-from pocktvm.passes.liveness import roots
+from pocktvm.passes.liveness import forward_nodes, roots
 
 SMALL = 16384  # bytes; below that a value's share of the peak does not pay for two conversions
 SPAN = 8  # nodes a value waits at least: what is read sooner is no part of the peak
@@ -86,7 +86,7 @@ def _clusters(graph: Graph) -> list[_Cluster]:
     """What is narrowed, and for whom it is widened again."""
     root, results = roots(graph, graph.nodes), graph.results()
     kept = {root.get(name, name) for name in results}
-    forward = _forward(graph)
+    forward = forward_nodes(graph)
     reads: dict[str, dict[int, tuple[str, ...]]] = {
         out: {}
         for index, node in enumerate(graph.nodes)
@@ -121,14 +121,3 @@ def _near(reads: dict[int, tuple[str, ...]]) -> list[dict[int, tuple[str, ...]]]
             parts.append({})
         parts[-1][index] = names
     return parts
-
-
-def _forward(graph: Graph) -> set[int]:
-    """Nodes that outputs are computed from; all others are the backward pass and the updates."""
-    needed, found = set(graph.outputs.values()), set[int]()
-    for index in range(len(graph.nodes) - 1, -1, -1):
-        node = graph.nodes[index]
-        if needed.intersection(node.outputs):
-            needed.update(node.inputs)
-            found.add(index)
-    return found

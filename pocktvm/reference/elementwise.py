@@ -104,6 +104,40 @@ def unpack_bf16(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Te
     return args[0].view(torch.bfloat16).to(torch.float32)
 
 
+@reference("pack_mask")
+def pack_mask(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
+    """One bit a channel, the lowest first; rows are filled up with zeros."""
+    bits = passes(node, args[0])
+    group = node.attrs["group"]
+    bits = F.pad(bits.to(torch.uint8), (0, -bits.shape[-1] % group))
+    bits = bits.reshape(*bits.shape[:-1], -1, group)
+    return (bits * 2 ** torch.arange(group, dtype=torch.uint8)).sum(-1)
+
+
+@reference("apply_mask")
+def apply_mask(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
+    """dout where the bit is set."""
+    dout, masks = args
+    group = node.attrs["group"]
+    bits = masks.unsqueeze(-1) >> torch.arange(group, dtype=torch.uint8) & 1
+    bits = bits.flatten(-2)[..., : outs[0].shape[-1]]
+    return torch.where(bits.bool(), dout, torch.zeros((), dtype=dout.dtype))
+
+
+def passes(node: Node, y: Tensor) -> Tensor:
+    """Where the gradient of ReLU, ReLU6 (of their output) or a clip (of its input) is not zero."""
+    if node.attrs["test"] == "relu":
+        return y > 0
+    if node.attrs["test"] == "relu6":
+        return (y > 0) & (y < 6)
+    inside = torch.ones_like(y, dtype=torch.bool)
+    if (low := node.attrs.get("min")) is not None:
+        inside &= y >= low
+    if (high := node.attrs.get("max")) is not None:
+        inside &= y <= high
+    return inside
+
+
 def with_attributes(op: str, node: Node) -> Callable[[Tensor], Tensor]:
     """The forward function of a unary operator that takes attributes."""
     attrs = node.attrs

@@ -68,6 +68,41 @@ def forward(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor
     return from_nchw(function(x), layout)
 
 
+@reference("max_pool2d_indexed")
+def indexed(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> tuple[Tensor, Tensor]:
+    """The maxima, and the tap of each window that holds the first of them."""
+    layout = node.attrs.get("layout", "NCHW")
+    padding = sides(node.attrs.get("padding", (0, 0, 0, 0)))
+    padded = F.pad(to_nchw(args[0], layout), padding, value=-torch.inf).contiguous()
+    pool, window = tuple(node.attrs["pool"]), _window(node)
+    y, flat = F.max_pool2d(padded, pool, return_indices=True, **window)  # type: ignore[call-overload]
+    taps = []
+    for axis, at in enumerate((flat // padded.shape[3], flat % padded.shape[3])):
+        shape = (-1, 1) if axis == 0 else (1, -1)
+        first = torch.arange(y.shape[2 + axis]).reshape(shape) * window["stride"][axis]
+        taps.append((at - first) // window["dilation"][axis])
+    return from_nchw(y, layout), from_nchw(taps[0] * pool[1] + taps[1], layout)
+
+
+@reference("max_pool2d_scatter")
+def scatter(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
+    """dy to the taps, added where windows meet: the gradient of picking one tap of each window."""
+    layout = node.attrs.get("layout", "NCHW")
+    dy, places = (to_nchw(a, layout) for a in args)
+    n, c, h, w = nchw_shape(outs[0], layout)
+    left, right, top, bottom = sides(node.attrs.get("padding", (0, 0, 0, 0)))
+    window, (kh, kw) = _window(node), node.attrs["pool"]
+    unfold = {"dilation": window["dilation"], "stride": window["stride"]}
+
+    def picked(x: Tensor) -> Tensor:
+        padded = F.pad(x, (left, right, top, bottom)).reshape(n * c, 1, h + top + bottom, -1)
+        columns = F.unfold(padded, (kh, kw), **unfold)  # type: ignore[arg-type]
+        at = places.reshape(n * c, 1, -1).long()
+        return columns.gather(1, at).reshape(dy.shape)
+
+    return from_nchw(gradient_of(picked, torch.zeros(n, c, h, w, dtype=dy.dtype), dy), layout)
+
+
 @reference("max_pool2d_grad", "avg_pool2d_grad", "resize2d_grad")
 def backward(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
     """The input's gradient; only the maximum needs x, the others are linear."""

@@ -8,16 +8,18 @@ consecutive columns. Operands of a smaller (broadcast) shape find their element 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pocktvm.errors import InternalError
 from pocktvm.ir.graph import Node
 from pocktvm.ir.ops import POSITIONAL
-from pocktvm.schedule import dropout
+from pocktvm.schedule import bits, dropout
 from pocktvm.schedule.elementwise_ops import OPS
+from pocktvm.schedule.elementwise_ops.masking import passes
 from pocktvm.schedule.emit import Context, const, splat
+from pocktvm.schedule.rule import Task
 from pocktvm.tvm_api import T, tirx
 
 Expr = Any
@@ -99,8 +101,48 @@ def flat_index(shape: Sequence[int], at: Position) -> Expr:
     return broadcast_row(shape, at) * shape[-1] + at.column
 
 
-def _seed(ctx: Context, node: Node) -> Expr:
-    return ctx.load(node.inputs[1], 0, 1)
+def loop_shape(task: Task) -> tuple[int, ...]:
+    """The shape of an elementwise group's loops: that of its nodes' results, or of what a lone
+    pack_mask reads."""
+    last = task.node.kernel_nodes()[-1]
+    return task.shape((last.inputs if last.op == "pack_mask" else last.outputs)[0])
+
+
+def masks(task: Task) -> set[str]:
+    """Masks that a task reads or writes with several channels a byte."""
+    nodes = [n for n in task.node.kernel_nodes() if n.attrs.get("group", 1) > 1]
+    return {n.outputs[0] if n.op == "pack_mask" else n.inputs[1] for n in nodes}
+
+
+def _packs_bits(node: Node) -> bool:
+    return node.op == "pack_mask" and node.attrs["group"] > 1
+
+
+def _drop(ctx: Context, node: Node, x: Expr, at: Position) -> Expr:
+    index = flat_index(ctx.task.shape(node.outputs[0]), at)
+    return dropout.drop(x, ctx.load(node.inputs[1], 0, 1), index, node.attrs, at.width)
+
+
+def _apply_mask(ctx: Context, node: Node, dout: Expr, at: Position) -> Expr:
+    """dout where its bit is set. Rows of the mask are those of the result, whose last axis is the
+    loops', or a part of it that fills its bytes."""
+    shape, group = ctx.task.shape(node.outputs[0]), node.attrs["group"]
+    row = at.row if math.prod(shape) == math.prod(at.shape) else broadcast_row(shape, at)
+    start = row * bits.row_bytes(at.shape[-1], group)
+    truth = bits.read(ctx.buffers[node.inputs[1]], start, at.column, group, at.width)
+    return tirx.Select(truth, dout, const(0.0, at.width))
+
+
+def _write_mask(ctx: Context, node: Node, values: Mapping[str, Expr], at: Position) -> None:
+    name, group, last = node.inputs[0], node.attrs["group"], at.shape[-1]
+    y = values[name] if name in values else T.bind(load_operand(ctx, name, at))
+    start = at.row * bits.row_bytes(last, group)
+    truth = passes(y, node.attrs, at.width)
+    bits.write(ctx.buffers[node.outputs[0]], start, at.column, last, group, truth, at.width)
+
+
+# operators that depend on where an element lies: (context, node, first operand, position) -> vector
+_SPECIAL = {"dropout": _drop, "apply_mask": _apply_mask}
 
 
 def evaluate(
@@ -115,15 +157,17 @@ def evaluate(
     for node in nodes:
         if not known_op(node.op):
             raise InternalError(f"no vector expression for '{node.op}'")
+        if _packs_bits(node):
+            continue  # store_outputs writes it
+        special = _SPECIAL.get(node.op) if node.attrs.get("group") != 1 else None
         operands = []
-        for name in node.inputs[:1] if node.op == "dropout" else node.inputs:
+        for name in node.inputs[:1] if special else node.inputs:
             if name not in values:
                 values[name] = load_operand(ctx, name, at)
             operands.append(values[name])
         dtype = ctx.task.values[node.outputs[0]].dtype
-        if node.op == "dropout":
-            index = flat_index(ctx.task.shape(node.outputs[0]), at)
-            result = dropout.drop(operands[0], _seed(ctx, node), index, node.attrs, at.width)
+        if special:
+            result = special(ctx, node, operands[0], at)
         else:
             result = OPS[node.op](operands, node.attrs, at.width, dtype)
         # TVM's analyzer cannot bind a vector of booleans to a name
@@ -132,10 +176,13 @@ def evaluate(
 
 
 def store_outputs(ctx: Context, values: dict[str, Expr], at: Position) -> None:
-    """Write every output of the task that has been evaluated."""
+    """Write every output of the task that has been evaluated, and every mask."""
     for name in ctx.task.node.outputs:
         if name in values:
             ctx.store(name, at.flat, values[name], at.width)
+    for node in ctx.task.node.kernel_nodes():
+        if _packs_bits(node):
+            _write_mask(ctx, node, values, at)
 
 
 def finish(ctx: Context, accumulators: dict[str, Expr], at: Position) -> None:

@@ -205,7 +205,7 @@ def k_blocks(extent: int, unroll: int) -> Iterator[tuple[Expr, int]]:
 
 LIGHT = frozenset(
     "add subtract multiply maximum minimum relu relu6 relu_grad relu6_grad clip copy negative "
-    "square where greater less abs reshape".split()
+    "square where greater less abs reshape pack_mask apply_mask".split()
 )
 
 

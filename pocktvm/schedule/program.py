@@ -15,7 +15,7 @@ import numpy as np
 from pocktvm.errors import InternalError, PockError
 from pocktvm.ir.graph import ITEMSIZE, Graph, Node, Value
 from pocktvm.ir.kernels import Buffer, Call, Program
-from pocktvm.ir.ops import VIEWS, is_elementwise
+from pocktvm.ir.ops import VIEWS, joins_loops
 from pocktvm.ir.target import Target
 from pocktvm.schedule.compile_kernel import Compiled, KernelCompiler, NoRule
 from pocktvm.schedule.pack import apply_pack
@@ -104,7 +104,7 @@ class ProgramBuilder:
         self._call(task.node, compiled)
 
     def _task(self, node: Node) -> Task:
-        bare = not node.body and is_elementwise(node.op)
+        bare = not node.body and joins_loops(node.op)
         if bare and any(name in self.literals for name in node.inputs):  # they need a body
             attrs = {"anchor": None, "kind": "elementwise"}
             node = Node("group", node.inputs, node.outputs, attrs, node.layer, (node,))

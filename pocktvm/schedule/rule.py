@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -79,6 +79,29 @@ class Task:
     def _type(self, name: str) -> tuple[Any, str]:
         value = self.values[name]
         return list(value.shape), value.dtype
+
+
+def unmasked(task: Task) -> Task | None:
+    """The task as it would be without masks: what it packs is no output, what it applies is a
+    gradient that reads a whole activation. None for a task without any. The two differ by a few
+    instructions a vector, so what is fast for one is for the other."""
+    values, outputs, body, inputs = dict(task.values), task.node.outputs, [], task.node.inputs
+    for part in task.node.body or (task.node,):
+        if part.op == "pack_mask":
+            outputs = tuple(o for o in outputs if o != part.outputs[0])
+            continue
+        if part.op == "apply_mask":
+            whole = values[part.outputs[0]].shape
+            values[part.inputs[1]] = Value(part.inputs[1], whole)
+            attrs = {k: v for k, v in part.attrs.items() if k not in ("group", "test")}
+            part = replace(part, op=f"{part.attrs['test']}_grad", attrs=attrs)
+        body.append(part)
+    if not body or (outputs == task.node.outputs and values == task.values):
+        return None
+    node = replace(task.node, inputs=inputs, outputs=outputs, body=tuple(body))
+    if len(body) == 1:
+        node = replace(body[0], layer=task.node.layer)
+    return replace(task, node=node, values=values)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pocktvm.ir.graph import Node
+from pocktvm.schedule.expression import masks
 from pocktvm.schedule.loops import worth_threads
 from pocktvm.schedule.rule import Task
 from pocktvm.tvm_api import T
@@ -25,12 +26,13 @@ def decline_spatial(task: Task, *ops: str) -> str | None:
     if node.attrs.get("layout", "NCHW") != "NHWC":
         return f"layout {node.attrs.get('layout', 'NCHW')}; the layout pass makes it NHWC"
     names = (*node.inputs, *node.outputs)
-    if any(task.values[name].dtype != "float32" for name in names):
+    places = {"max_pool2d_indexed": node.outputs[1:], "max_pool2d_scatter": node.inputs[1:]}
+    if any(task.values[n].dtype != "float32" for n in names if n not in places.get(node.op, ())):
         return "not float32"
     if any(name not in task.node.inputs for name in node.inputs):
         return "an operand is computed inside the group"
     shape = task.shape(node.outputs[0])
-    if any(task.shape(out) != shape for out in task.node.outputs):
+    if any(task.shape(out) != shape for out in task.node.outputs if out not in masks(task)):
         return "an output of the group has another shape than the operator"
     if any(extent == 0 for name in names for extent in task.shape(name)):
         return "an empty tensor"

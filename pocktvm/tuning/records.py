@@ -17,7 +17,7 @@ from typing import Any
 
 from pocktvm.errors import PockError
 from pocktvm.ir.target import Target
-from pocktvm.schedule.rule import Knob, Rule, Task
+from pocktvm.schedule.rule import Knob, Rule, Task, unmasked
 from pocktvm.tuning.logs import logs_dir
 
 
@@ -52,8 +52,12 @@ class Records:
         self._rules: dict[str, dict[str, Record]] = {}
 
     def find(self, task: Task, rule: Rule) -> Record | None:
-        """The record of a task under a rule, if its knobs still exist."""
-        record = self._of(rule.name).get(task_key(task))
+        """The record of a task under a rule, or else of the task without masks, if its knobs still
+        exist."""
+        records, plain = self._of(rule.name), unmasked(task)
+        record = records.get(task_key(task))
+        if record is None and plain is not None:
+            record = records.get(task_key(plain))
         if record is None:
             return None
         known = rule.knobs(task)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from pocktvm.schedule.emit import Context, build, vector_loop
-from pocktvm.schedule.expression import Position, evaluate, known_op, store_outputs
+from pocktvm.schedule.expression import (
+    Position,
+    evaluate,
+    known_op,
+    loop_shape,
+    masks,
+    store_outputs,
+)
 from pocktvm.schedule.rule import Emitted, Knob, Task
 from pocktvm.tvm_api import T, tirx
 
@@ -28,7 +36,8 @@ class Elementwise:
         unknown = [n.op for n in task.node.kernel_nodes() if not known_op(n.op)]
         if unknown:
             return f"no vector expression for {', '.join(sorted(set(unknown)))}"
-        shapes = {task.shape(o) for o in task.node.outputs}
+        shapes = {task.shape(o) for o in task.node.outputs if o not in masks(task)}
+        shapes.add(loop_shape(task))
         return None if len(shapes) == 1 else f"outputs of {len(shapes)} different shapes"
 
     def knobs(self, task: Task) -> Mapping[str, Knob]:
@@ -39,9 +48,9 @@ class Elementwise:
         """Flat blocks where no operand broadcasts, rows of the last axis elsewhere."""
         pairs = same_index_pairs(task)
         task = flatten(task)
-        shape = task.shape(task.node.outputs[0])
+        shape = loop_shape(task)
         columns = shape[-1]
-        rows = task.values[task.node.outputs[0]].size // columns
+        rows = math.prod(shape) // columns
         unroll, lanes = knobs["unroll"], _lanes(task)
 
         def piece(ctx: Context, row: Any, base: Any, extent: int) -> None:
@@ -75,13 +84,17 @@ def _lanes(task: Task) -> int:
 
 
 def flatten(task: Task) -> Task:
-    """The same task over one axis when every operand is a scalar or of the outputs' shape."""
-    out = task.values[task.node.outputs[0]]
+    """The same task over one axis when every operand is a scalar or of the outputs' shape, and
+    masks have no padding."""
+    shape, packed = loop_shape(task), masks(task)
     names = [n for node in task.node.kernel_nodes() for n in (*node.inputs, *node.outputs)]
-    if any(task.shape(n) != out.shape and task.values[n].size != 1 for n in names):
+    if any(task.shape(n) != shape and task.values[n].size != 1 for n in names if n not in packed):
+        return task
+    groups = [node.attrs.get("group", 1) for node in task.node.kernel_nodes()]
+    if any(group > 1 and shape[-1] % group for group in groups):
         return task
     values = {
-        n: replace(v, shape=(out.size,)) if v.shape == out.shape else v
+        n: replace(v, shape=(math.prod(shape),)) if v.shape == shape else v
         for n, v in task.values.items()
     }
     return replace(task, values=values)
@@ -89,10 +102,11 @@ def flatten(task: Task) -> Task:
 
 def same_index_pairs(task: Task) -> tuple[tuple[int, int], ...]:
     """Outputs that may overwrite an input: same shape and type, read and written at one index."""
-    node = task.node
+    node, packed = task.node, masks(task)  # a byte of a mask is not written at once
+    types = {n: (task.shape(n), task.values[n].dtype) for n in (*node.inputs, *node.outputs)}
     return tuple(
         (o, i)
         for o, out in enumerate(node.outputs)
         for i, name in enumerate(node.inputs)
-        if task.shape(name) == task.shape(out) and task.values[name].dtype == task.values[out].dtype
+        if out not in packed and types[name] == types[out]
     )

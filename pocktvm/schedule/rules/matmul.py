@@ -22,6 +22,7 @@ from typing import Any
 
 from pocktvm.ir.target import Isa
 from pocktvm.schedule.emit import Context, build, const, load, store, vectors
+from pocktvm.schedule.expression import masks
 from pocktvm.schedule.gemm import Gemm, describe
 from pocktvm.schedule.gemm_dot import dot_tile, emit_dot
 from pocktvm.schedule.gemm_tile import UNROLL, Tile, register_tile
@@ -345,7 +346,7 @@ def _forms(task: Task, gemm: Gemm) -> tuple[str, ...]:
         forms.append("direct")
     if task.is_frozen(gemm.b) and not gemm.b_batched:
         forms.append("packed")
-    if dot_tile(task, gemm) is not None:
+    if dot_tile(task, gemm) is not None and not masks(task):  # its columns begin anywhere
         forms.append("dot")
     return tuple(forms)
 

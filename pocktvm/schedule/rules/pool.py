@@ -2,7 +2,8 @@
 
 The gradients gather: each element of dx looks at the windows that span it, so every element has one
 owner and an epilogue fits. The maximum's gradient goes to the first maximum of a window in row
-order, as in torch: an element gets it when it is above all before it and not below any after it.
+order, as in torch: an element gets it when it is above all before it and not below any after it,
+or when the forward pass noted its place in the window as that of the maximum (`_indexed`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ VECTORS = 4  # channel vectors at a time: independent sums hide the latency of e
 
 
 class Pool:
-    """max_pool2d, avg_pool2d and their gradients."""
+    """max_pool2d, avg_pool2d and their gradients, with places too."""
 
     name = "pool"
 
@@ -36,7 +37,7 @@ class Pool:
 
     def knobs(self, task: Task) -> Mapping[str, Knob]:
         """Channel vectors at a time."""
-        return {"vectors": Knob((1, 2, 4), 2 if anchor_of(task).op.endswith("grad") else VECTORS)}
+        return {"vectors": Knob((1, 2, 4), 2 if anchor_of(task).op.endswith("_grad") else VECTORS)}
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
         """One loop over images and rows, then columns, then channels."""
@@ -53,12 +54,17 @@ class PoolNest:
         self.task, self.node, self.vectors = task, anchor_of(task), vectors
         self.out = task.shape(self.node.outputs[0])
         first = task.shape(self.node.inputs[0])
-        forward = not self.node.op.endswith("grad")
+        forward = not self.backward
         small, large = (self.out, first) if forward else (first, self.out)
         pool = tuple(self.node.attrs["pool"])
         self.rows, self.columns = Window.of(self.node.attrs).forward(small[1:3], large[1:3], pool)
         self.taps = pool[0] * pool[1]
         self.body: Callable[..., None] = _BODIES[self.node.op]
+
+    @property
+    def backward(self) -> bool:
+        """True for gradients, whose windows are those that span an element."""
+        return is_gradient(self.node.op)
 
     def emit(self, ctx: emit.Context) -> None:
         """The whole kernel."""
@@ -81,17 +87,18 @@ class PoolNest:
 
     def span(self, axis: Axis, at: Expr) -> Span:
         """Forward: the valid taps at an output. Gradient: the outputs whose window spans it."""
-        return axis.covering(at) if self.node.op.endswith("grad") else axis.bounds(at)
+        return axis.covering(at) if self.backward else axis.bounds(at)
 
     def load(self, name: str, y: Expr, x: Expr, c: Expr, lanes: int) -> Expr:
         """A vector of pixel (y, x) of the image."""
         _, h, w, channels = self.task.shape(name)
         return self.ctx.load(name, ((self.n * h + y) * w + x) * channels + c, lanes)
 
-    def finish(self, c: Expr, value: Expr, lanes: int) -> None:
-        """Epilogue and store of a vector."""
+    def finish(self, c: Expr, value: Expr, lanes: int, place: Expr = None) -> None:
+        """Epilogue and store of a vector, and of the places that go with it."""
         row = (self.n * self.out[1] + self.y) * self.out[2] + self.x
-        finish(self.ctx, {self.node.outputs[0]: value}, Position(self.out, row, c, lanes))
+        made = dict(zip(self.node.outputs, (value, place), strict=False))
+        finish(self.ctx, made, Position(self.out, row, c, lanes))
 
     def inverse_count(self, rows: Span, columns: Span) -> Expr:
         """1 / the number of elements a window averages."""
@@ -120,10 +127,20 @@ class PoolNest:
                         yield oy, ox, T.bind(ky // dy), T.bind(kx // dx)
 
 
-def _accumulate(self: PoolNest, vectors: Vectors, value: float) -> Any:
-    acc = emit.local(vectors[-1][0] + vectors[-1][1])
+def is_gradient(op: str) -> bool:
+    """True for gradients of poolings."""
+    return op.endswith(("_grad", "_scatter"))
+
+
+def _accumulate(
+    self: PoolNest, vectors: Vectors, value: float | Expr, dtype: str = "float32"
+) -> Any:
+    acc = emit.local(vectors[-1][0] + vectors[-1][1], dtype)
     for start, lanes in vectors:
-        emit.store(acc, start, emit.const(value, lanes), lanes)
+        if isinstance(value, float):
+            emit.store(acc, start, emit.const(value, lanes, dtype), lanes)
+        else:
+            emit.store(acc, start, emit.splat(value, lanes), lanes)
     return acc
 
 
@@ -142,6 +159,44 @@ def _forward(self: PoolNest, rows: Span, columns: Span, c: Expr, vectors: Vector
         if scale is not None:
             value = value * emit.splat(scale, lanes)
         self.finish(c + start, value, lanes)
+
+
+def _indexed(self: PoolNest, rows: Span, columns: Span, c: Expr, vectors: Vectors) -> None:
+    """The maximum, and which tap of the window has it: a later one only where it is above all."""
+    width = self.columns.taps
+    acc = _accumulate(self, vectors, LOWEST)
+    first = tirx.const(0, "int32") + rows[0] * width + columns[0]
+    places = _accumulate(self, vectors, first, "int32")
+    with T.serial(*rows) as ty, T.serial(*columns) as tx:
+        y, x = self.rows.source(self.y, ty), self.columns.source(self.x, tx)
+        tap = T.bind(ty * width + tx)
+        for start, lanes in vectors:
+            value = T.bind(self.load(self.node.inputs[0], y, x, c + start, lanes))
+            old = T.bind(emit.load(acc, start, lanes))
+            place, here = emit.load(places, start, lanes), emit.splat(tap, lanes)
+            emit.store(places, start, tirx.Select(value > old, here, place), lanes)
+            emit.store(acc, start, tirx.Max(old, value), lanes)
+    for start, lanes in vectors:
+        bytes_ = "uint8" if lanes == 1 else f"uint8x{lanes}"
+        place = T.bind(tirx.Cast(bytes_, emit.load(places, start, lanes)))
+        self.finish(c + start, emit.load(acc, start, lanes), lanes, place)
+
+
+def _scatter(self: PoolNest, rows: Span, columns: Span, c: Expr, vectors: Vectors) -> None:
+    """The sum of dy of the windows whose place is this element."""
+    dout, places = self.node.inputs
+    acc = _accumulate(self, vectors, 0.0)
+    for oy, ox, ky, kx in self.windows(rows, columns):
+        tap = T.bind(ky * self.columns.taps + kx)
+        for start, lanes in vectors:
+            ints = "int32" if lanes == 1 else f"int32x{lanes}"
+            place = tirx.Cast(ints, self.load(places, oy, ox, c + start, lanes))
+            dy = self.load(dout, oy, ox, c + start, lanes)
+            here = place.equal(emit.splat(tap, lanes))
+            kept = tirx.Select(here, dy, emit.const(0.0, lanes))
+            emit.store(acc, start, emit.load(acc, start, lanes) + kept, lanes)
+    for start, lanes in vectors:
+        self.finish(c + start, emit.load(acc, start, lanes), lanes)
 
 
 def _avg_grad(self: PoolNest, rows: Span, columns: Span, c: Expr, vectors: Vectors) -> None:
@@ -188,6 +243,8 @@ def _max_grad(self: PoolNest, rows: Span, columns: Span, c: Expr, vectors: Vecto
 
 _BODIES: dict[str, Callable[..., None]] = {
     "max_pool2d": _forward,
+    "max_pool2d_indexed": _indexed,
+    "max_pool2d_scatter": _scatter,
     "avg_pool2d": _forward,
     "avg_pool2d_grad": _avg_grad,
     "max_pool2d_grad": _max_grad,
