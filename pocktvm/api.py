@@ -52,8 +52,8 @@ def compile(
                     the scheme names (docs/schemes.md)
     out             the artifact's folder; None keeps it in a temporary one (Artifact.save moves it)
     mean, scale     per channel: how the device reads uint8 samples
-    saved           how activations wait for the backward pass: "float32", or "bf16" for half their
-                    memory (docs/memory.md)
+    saved           how activations wait for the backward pass: "float32", or "bf16" or "int8" for
+                    half or a third of their memory (docs/memory.md)
     samples         arrays by input name, labels as `y`: for the scheme "auto", and for channels
                     ranked by activation (docs/schemes.md)
     progress        called as (stage, detail) while it works

@@ -45,7 +45,8 @@ class Build:
     threads         stored default of the artifact
     dropout         the step drops, seeded
     resample        the trainer may choose other channels for the parts that learn
-    saved           how activations wait for the backward pass: float32 | bf16 (narrow_saved.py)
+    saved           how activations wait for the backward pass: float32 | bf16 | int8
+                    (passes/narrow_saved.py)
     rates           the step reads factors of lr by channel (ir/rates.py)
     name, published the model's name; the scheme that "pockengine" stands for
     mean, scale     per channel: how the device reads uint8 samples

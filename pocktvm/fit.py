@@ -88,6 +88,8 @@ def _smaller(build: Build, now: int, limit: int) -> dict[str, Callable[[], int]]
     }
     if build.saved == "float32" and not build.target.is_gpu:
         found["--saved bf16"] = saves(replace(build, saved="bf16"))
+    if build.saved != "int8" and not build.target.is_gpu:
+        found["--saved int8"] = saves(replace(build, saved="int8"))
     halved = _half_batch(build.example_inputs)
     if halved is not None:
         inputs, size = halved

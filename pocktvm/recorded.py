@@ -37,7 +37,7 @@ def record_self_test(
     correct programs part within a step. The recorded rate is the first of `LOWER` at which the
     reference agrees with itself, started from weights that are off by their last bit.
 
-    Losses are float32's also where activations are `saved` as bfloat16: the rate must then be one
+    Losses are float32's also where activations are `saved` narrow: the rate must then be one
     at which their rounding, too, moves the reference's losses by no more.
     """
     step, predict = graphs
@@ -46,7 +46,7 @@ def record_self_test(
     base = float(optimizer.lr)
     output = evaluate(predict, read, lr=base, keep=False).outputs["output"]
     nearby = last_bits_off(step)
-    rounded = narrow_saved(step) if saved == "bf16" else None
+    rounded = narrow_saved(step, saved) if saved != "float32" else None
     for factor in LOWER:
         lr = base * factor
         losses = first_losses(step, batch, lr, steps)

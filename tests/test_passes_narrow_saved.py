@@ -199,8 +199,8 @@ def test_the_self_tests_rate_is_one_where_rounding_shows_little():
 
 def test_who_cannot_have_it_is_told():
     module, x = torch.nn.Linear(4, 2), torch.zeros(3, 4)
-    with pytest.raises(PockError, match="kept as float32 or bf16, not 'int8'"):
-        Wanted.of(module, (x,), saved="int8")
+    with pytest.raises(PockError, match="kept as float32 or bf16 or int8, not 'int4'"):
+        Wanted.of(module, (x,), saved="int4")
     with pytest.raises(PockError, match="is for processors: jetson-orin"):
         Wanted.of(module, (x,), target="jetson-orin", saved="bf16")
 
@@ -208,5 +208,5 @@ def test_who_cannot_have_it_is_told():
 def test_a_budget_that_cannot_be_met_names_it():
     module = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(6)))
     wanted = Wanted.of(module, (torch.zeros(1, 512, 32),), loss="mse", budget=1 << 16)
-    with pytest.raises(PockError, match=r"--saved bf16 \(-"):
+    with pytest.raises(PockError, match=r"--saved (bf16|int8) \(-"):
         check(wanted, wanted.programs())

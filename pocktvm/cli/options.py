@@ -39,8 +39,8 @@ def saved(text: str) -> str:
 
 
 def _saved(text: str) -> str:
-    if text not in ("float32", "bf16"):
-        raise ValueError(f"'{text}' is neither float32 nor bf16")
+    if text not in ("float32", "bf16", "int8"):
+        raise ValueError(f"'{text}' is none of float32, bf16, int8")
     return text
 
 
@@ -63,5 +63,5 @@ StepRate = Annotated[
 ]
 Saved = Annotated[
     str,
-    typer.Option(parser=saved, metavar="T", help="activations kept for backward: float32, bf16"),
+    typer.Option(parser=saved, metavar="T", help="activations kept as float32, bf16 or int8"),
 ]

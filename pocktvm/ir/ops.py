@@ -52,6 +52,11 @@ dropout              x, seed() -> y                       p, key, start: 0 where
                                                           else x / (1 - p). Its own gradient; see DROPOUT below
 pack_bf16            x -> y                               uint16: the upper half of x's bits, rounded to nearest even
 unpack_bf16          x -> y                               float32 from such bits, exactly
+pack_u8              x -> y                               uint8: x * 255 / top, x between 0 and top
+unpack_u8            y -> x                               float32 from such a byte
+pack_i8              x -> y, s                            int8 with an exponent, s (uint8), for each `group` elements of a
+                                                          row; the rest of a row in pieces of 8, 4, 2, 1, each with its own
+unpack_i8            y, s -> x                            group: float32 from both
 pack_mask            y -> m                               uint8: bit i of byte k of a row is 1 where the gradient named
                                                           by test (relu, relu6, clip: min, max) passes at channel
                                                           k * group + i; the last axis is that divided by group, up
@@ -85,7 +90,8 @@ GRADIENTS = frozenset(
 )  # (dout, y or x) -> dx, with the forward's attributes
 
 ELEMENTWISE = UNARY | BINARY | TERNARY | GRADIENTS
-NARROWING = frozenset({"pack_bf16", "unpack_bf16"})  # elementwise; only passes/narrow_saved.py
+# elementwise; only passes/narrow_saved.py
+NARROWING = frozenset({"pack_bf16", "unpack_bf16", "pack_u8", "unpack_u8"})
 REDUCTIONS = frozenset("sum mean max min prod".split())
 SPATIAL = frozenset(
     "conv2d conv2d_input_grad conv2d_weight_grad max_pool2d max_pool2d_grad max_pool2d_indexed "
@@ -97,9 +103,10 @@ VIEWS = frozenset({"reshape"})
 # the node's own shape. It fuses like an elementwise operator; no pass may permute or cut it.
 POSITIONAL = frozenset({"dropout"})
 
-# Elementwise over the shape of their first operand, but for masks, whose last axis is shorter
-# (passes/save_masks.py). They join loops whose vectors begin at multiples of `group`.
-MASKING = frozenset({"pack_mask", "apply_mask"})
+# Elementwise over the shape of their first operand, but for masks and exponents, whose last axis is
+# shorter (passes/save_masks.py, narrow_saved.py). They join loops whose vectors begin at multiples
+# of `group`.
+GROUPED = frozenset({"pack_mask", "apply_mask", "pack_i8", "unpack_i8"})
 
 
 def is_elementwise(op: str) -> bool:
@@ -109,4 +116,4 @@ def is_elementwise(op: str) -> bool:
 
 def joins_loops(op: str) -> bool:
     """What a kernel can compute element by element as part of another's loops."""
-    return is_elementwise(op) or op in POSITIONAL or op in MASKING
+    return is_elementwise(op) or op in POSITIONAL or op in GROUPED

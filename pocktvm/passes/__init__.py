@@ -7,6 +7,7 @@ PIPELINE is the order, and the only place that knows it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from pocktvm.ir.graph import Graph
 from pocktvm.ir.target import Target
@@ -52,11 +53,12 @@ PIPELINE: tuple[Pass, ...] = (
     order,
     join_products,
 )
-SAVED = ("float32", "bf16")  # how a step keeps activations for its backward pass
+SAVED = ("float32", "bf16", "int8")  # how a step keeps activations for its backward pass
 
 
 def pipeline(saved: str = "float32") -> tuple[Pass, ...]:
-    """The passes in order; with "bf16" saved activations are narrowed before anything is fused."""
+    """The passes in order; saved activations that are not float32 are narrowed before anything is
+    fused."""
     at = PIPELINE.index(fuse)
     return PIPELINE if saved == "float32" else (*PIPELINE[:at], narrow_saved, *PIPELINE[at:])
 
@@ -71,13 +73,17 @@ def run_passes(
 
     `observe(index, pass name, graph)` is called after every pass, for dumps. With POCKTVM_CHECK=1
     in the environment every pass must keep the reference's numbers on random inputs (slow).
-    `target` is what save_masks depends on: how many bits a kernel writes at a time.
+    `target` is what saving depends on: how many channels a kernel writes at a time.
     """
+    bound = {
+        save_masks: partial(save_masks, target=target, beside=saved == "int8"),
+        narrow_saved: partial(narrow_saved, saved=saved, target=target),
+    }
     for index, function in enumerate(pipeline(saved)):
-        after = save_masks(graph, target) if function is save_masks else function(graph)
-        before, graph = graph, after.check()
+        before, graph = graph, bound.get(function, function)(graph).check()
         if checking():
-            compare(before, graph, function.__name__, rounds=function is narrow_saved)
+            rounds = saved if function is narrow_saved else ""
+            compare(before, graph, function.__name__, rounds)
         if observe is not None:
             observe(index, function.__name__, graph)
     return graph

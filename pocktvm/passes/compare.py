@@ -11,7 +11,8 @@ from pocktvm.ir.graph import Graph
 from pocktvm.reference import evaluate
 
 RELATIVE = 2e-3  # of the largest magnitude: folded scales round differently
-ROUNDED = 3e-2  # of the pass that rounds saved activations to eight bits
+# of the pass that rounds saved activations, to bfloat16's eight bits or to a byte
+ROUNDED = {"bf16": 3e-2, "int8": 6e-2}
 
 
 def checking() -> bool:
@@ -32,9 +33,9 @@ def random_inputs(graph: Graph, seed: int = 0) -> dict[str, np.ndarray]:
     return arrays
 
 
-def compare(before: Graph, after: Graph, name: str, rounds: bool = False) -> None:
-    """Raise InternalError when outputs or updated parameters differ, by more than bfloat16 may make
-    them where the pass `rounds`."""
+def compare(before: Graph, after: Graph, name: str, rounds: str = "") -> None:
+    """Raise InternalError when outputs or updated parameters differ, by more than rounding to what
+    a pass `rounds` saved activations to may make them."""
     inputs = random_inputs(before)
     old, new = evaluate(before, inputs), evaluate(after, inputs)
     pairs = {k: (v, new.outputs[k]) for k, v in old.outputs.items()}
@@ -47,7 +48,7 @@ def compare(before: Graph, after: Graph, name: str, rounds: bool = False) -> Non
     for key, (a, b) in pairs.items():
         scale = float(np.max(np.abs(a), initial=1e-6))
         error = float(np.max(np.abs(a.astype(np.float64) - b), initial=0.0)) / scale
-        if a.shape != b.shape or not error <= (ROUNDED if rounds else RELATIVE):
+        if a.shape != b.shape or not error <= ROUNDED.get(rounds, RELATIVE):
             raise InternalError(
                 f"pass '{name}' changes '{key}' of {before.name}: relative error {error:.2e}"
             )

@@ -10,8 +10,9 @@ matrix product it costs a register. The rules:
   pool, reduction) has exactly its result's shape.
 - *Chains*: elementwise nodes of one shape join each other; such a group, read by nobody else, then
   joins the group that reads it (gelu(z) in front of an add behind a convolution).
-- *Prologue*: an elementwise group read by one reduction only becomes part of that reduction; a
-  node in front of a reduction leaves the anchor it follows when that value is stored anyway.
+- *Prologue*: an elementwise group read by one reduction only becomes part of that reduction, the
+  wide copy of a narrow image part of the depthwise weight gradient that reads it; a node in front
+  of a reduction leaves the anchor it follows when that value is stored anyway.
 - An update (w - lr * dw, with its states) is elementwise, so it lands behind its weight gradient,
   and the gradient itself is never stored.
 
@@ -21,8 +22,8 @@ that only this node reads join with it (the `m * decay` of an optimizer); failin
 nobody else reads moves to the place of the node. Values read
 outside become outputs of the group: they would be stored anyway. An update never joins a group
 that a later reader of the old parameter depends on (it could not be placed behind that reader).
-Softmax, layer_norm and cross_entropy stay single: their rules take whole rows. What was saved as
-bfloat16 never joins the forward group that packed it, whatever it is read with: it would be stored.
+Softmax, layer_norm and cross_entropy stay single: their rules take whole rows. What was saved
+narrow never joins the forward group that packed it, whatever it is read with: it would be stored.
 
 Runs after assign_layout and simplify: a view or a permute between two nodes ends a group.
 """
@@ -33,14 +34,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from pocktvm.ir.graph import Graph, Node
-from pocktvm.ir.ops import REDUCTIONS, VIEWS, joins_loops
+from pocktvm.ir.ops import GROUPED, REDUCTIONS, VIEWS, joins_loops
 
 ANCHORS = REDUCTIONS | frozenset(
     "matmul conv2d conv2d_input_grad conv2d_weight_grad max_pool2d max_pool2d_grad "
     "max_pool2d_indexed max_pool2d_scatter avg_pool2d avg_pool2d_grad".split()
 )
 SMALL = 16384  # bytes; what may be computed earlier than the given order says
-WIDENS = "unpack_bf16"  # passes/narrow_saved.py
+WIDENS = frozenset({"unpack_bf16", "unpack_u8", "unpack_i8"})  # passes/narrow_saved.py
+WIDENED_BY_READER = frozenset({"unpack_bf16", "unpack_u8"})
 OPERANDS = 12  # distinct tensors a kernel reads; more base addresses spill on every target
 
 
@@ -98,15 +100,25 @@ class Fuser:
             return
         group = Group([index], index, self.shape(node.outputs[0]), index, node.op in ANCHORS)
         self.group_of[index] = group
-        if node.op in REDUCTIONS:
+        if node.op in REDUCTIONS or self._widens_itself(node):
             self._take_prologue(group, node.inputs[0])
+
+    def _widens_itself(self, node: Node) -> bool:
+        """True for a gradient whose kernel reads a narrow image: each element once a tap, as
+        vectors, so that widening it there costs less than a wide copy in memory."""
+        if node.op != "conv2d_weight_grad" or node.attrs.get("layout") != "NHWC":
+            return False
+        channels = {self.shape(name)[-1] for name in node.inputs}
+        maker = self.maker.get(node.inputs[0])
+        narrow = maker is not None and self.nodes[maker].op in WIDENED_BY_READER
+        return narrow and channels == {node.attrs.get("groups", 1)}
 
     def _visit_elementwise(self, index: int) -> None:
         node = self.nodes[index]
         shape = self.shape((node.inputs if node.op == "pack_mask" else node.outputs)[0])
         alone = Group([index], index, shape, None, True)
         self.group_of[index] = alone
-        if self.nodes[index].op == WIDENS:
+        if self.nodes[index].op in WIDENS:
             return  # what reads it may take it in
         candidates = [g for g in self._operand_groups(alone) if g.open and g.shape == shape]
         if self._only_reduced(index):
@@ -158,22 +170,22 @@ class Fuser:
         return sum(self.graph.values[n].size > 1 for n in self.operands(groups)) > OPERANDS
 
     def _masks_fit(self, groups: Iterable[Group]) -> bool:
-        """True when masks among these groups, merged, can be read and written: bits are packed by
-        loops over whole vectors of channels, and read from memory."""
+        """True when masks and blocks among these groups, merged, can be read and written: by loops
+        over whole vectors of channels, and read from memory."""
         groups = list(groups)
-        members = [self.nodes[m] for g in groups for m in g.members]
-        packed = {n.outputs[0] for n in members if n.op == "pack_mask"}
-        read = {n.inputs[1] for n in members if n.op == "apply_mask"}
-        if packed & read:
+        members = [n for g in groups for m in g.members if (n := self.nodes[m]).op in GROUPED]
+        packed = {n.outputs[-1] for n in members if n.op.startswith("pack")}
+        if packed & {name for n in members for name in n.inputs}:
             return False
         anchors = [self.nodes[g.anchor] for g in groups if g.anchor is not None]
-        return not (packed or read) or all(self._whole_vectors(n, bool(packed)) for n in anchors)
+        bits = all(n.op == "apply_mask" for n in members)
+        return not members or all(self._whole_vectors(n, bits) for n in anchors)
 
-    def _whole_vectors(self, anchor: Node, writes: bool) -> bool:
+    def _whole_vectors(self, anchor: Node, bits: bool) -> bool:
         """True for anchors whose vectors begin at multiples of a vector: those of a convolution in
-        groups need not, and what a reduction writes may be single elements."""
+        groups need not, and those of a reduction may be single elements, which only bits allow."""
         if anchor.op in REDUCTIONS:
-            return not writes
+            return bits
         groups = anchor.attrs.get("groups", 1)
         channels = {self.shape(n)[-1] for n in (anchor.inputs[0], anchor.outputs[0])}
         return groups == 1 or channels == {groups}
@@ -230,7 +242,7 @@ class Fuser:
 
     def _widens_early(self, group: Group, at: Group) -> bool:
         """True for a wide copy that would be made in the forward pass."""
-        copies = any(self.nodes[m].op == WIDENS for m in group.members)
+        copies = any(self.nodes[m].op in WIDENS for m in group.members)
         return copies and at.place <= self.maker.get(self.graph.outputs.get("loss", ""), -1)
 
     def _can_hoist(self, group: Group, ahead_of: Group, depth: int = 6) -> bool:
@@ -304,6 +316,8 @@ class Fuser:
             return
         group = self.group_of[maker]
         if not group.elementwise or not self._all_read_by(group, reduction):
+            return
+        if group.members != [maker] and self._widens_itself(self.nodes[reduction.members[0]]):
             return
         if any(o in self.results for m in group.members for o in self.nodes[m].outputs):
             return  # a result of the prologue's shape cannot leave the reduction's loops

@@ -105,11 +105,15 @@ def overwritable(node: Node, values: Mapping[str, Value]) -> list[tuple[str, str
 
 
 def forward_nodes(graph: Graph) -> set[int]:
-    """Nodes that outputs are computed from; all others are the backward pass and the updates."""
+    """Nodes that outputs are computed from, with what save_masks put behind them; all others are
+    the backward pass and the updates."""
     needed, found = set(graph.outputs.values()), set[int]()
     for index in range(len(graph.nodes) - 1, -1, -1):
         node = graph.nodes[index]
         if needed.intersection(node.outputs):
             needed.update(node.inputs)
+            found.add(index)
+    for index, node in enumerate(graph.nodes):
+        if index - 1 in found and node.op in ("pack_mask", "strided_slice"):
             found.add(index)
     return found

@@ -18,6 +18,9 @@ of four lanes is the way to get a word (NEON), one where there are no vectors or
 another thread's. `pack_mask` stands right behind y, where `fuse` makes it one more output of the
 kernel that computes y.
 
+With `--saved int8` a mask is kept beside what the weights' gradients read, for narrow_saved makes a
+byte of that, from which a mask could not be told.
+
 Runs behind index_pools, in front of narrow_saved and fuse. Source: masks of one bit as in Jain et
 al. 2018 ("Gist"), for frozen weights as in Cai et al. 2020 ("TinyTL").
 """
@@ -48,10 +51,11 @@ class _Saved:
     waits: int  # nodes
 
 
-def save_masks(graph: Graph, target: Target | None = None) -> Graph:
-    """The graph with bits for activations; a program without a loss stays as it is."""
+def save_masks(graph: Graph, target: Target | None = None, beside: bool = False) -> Graph:
+    """The graph with bits for activations, with `beside` also for those of which other readers want
+    more; a program without a loss stays as it is."""
     group = channels_a_byte(target)
-    saved = _saved(graph, group) if "loss" in graph.outputs else {}
+    saved = _saved(graph, group, beside) if "loss" in graph.outputs else {}
     if not saved:
         return graph
     editor = Editor(graph)
@@ -96,7 +100,7 @@ def _seen_as(editor: Editor, mask: str, value: Value, group: int) -> str:
     return editor.emit("reshape", (mask,), Value(f"{mask}~as", shape, "uint8"))
 
 
-def _saved(graph: Graph, group: int) -> dict[str, _Saved]:
+def _saved(graph: Graph, group: int, beside: bool) -> dict[str, _Saved]:
     """What is kept as bits, by name."""
     root, forward = roots(graph, graph.nodes), forward_nodes(graph)
     kept = {root.get(name, name) for name in graph.results()}
@@ -115,6 +119,8 @@ def _saved(graph: Graph, group: int) -> dict[str, _Saved]:
                 continue
             if index in forward:
                 last[value] = index
+            elif beside and node.op not in GRADIENTS:
+                continue
             elif not _note(graph, found[value], index, node, name, value, group):
                 spoilt.add(value)
     for name, saved in found.items():

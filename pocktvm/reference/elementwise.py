@@ -104,6 +104,44 @@ def unpack_bf16(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Te
     return args[0].view(torch.bfloat16).to(torch.float32)
 
 
+@reference("pack_u8")
+def pack_u8(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
+    """The nearest of 256 steps between 0 and top."""
+    return (args[0] * (255.0 / node.attrs["top"])).round().clamp(0, 255)
+
+
+@reference("unpack_u8")
+def unpack_u8(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
+    """float32 from a step."""
+    return args[0].to(torch.float32) * (node.attrs["top"] / 255.0)
+
+
+def pieces(extent: int, group: int) -> list[int]:
+    """Sizes of the blocks of a row: whole ones, then 8, 4, 2, 1 of what is left."""
+    rest = extent % group
+    tail = [1 << i for i in reversed(range(group.bit_length())) if rest >> i & 1]
+    return [group] * (extent // group) + tail
+
+
+@reference("pack_i8")
+def pack_i8(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> tuple[Tensor, Tensor]:
+    """Integers below 2**7 and the biased exponent of each block's largest magnitude."""
+    codes, exponents = [], []
+    for block in args[0].float().split(pieces(args[0].shape[-1], node.attrs["group"]), -1):
+        bits = block.abs().amax(-1, keepdim=True).view(torch.int32)
+        exponents.append((bits >> 23).clamp(min=8))
+        codes.append(torch.ldexp(block, 133 - exponents[-1]).clamp(max=127).round())
+    return torch.cat(codes, -1), torch.cat(exponents, -1)
+
+
+@reference("unpack_i8")
+def unpack_i8(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
+    """float32 from integers and exponents."""
+    sizes = torch.tensor(pieces(outs[0].shape[-1], node.attrs["group"]))
+    exponents = args[1].to(torch.int32).repeat_interleave(sizes, -1)
+    return torch.ldexp(args[0].to(torch.float32), exponents - 133)
+
+
 @reference("pack_mask")
 def pack_mask(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
     """One bit a channel, the lowest first; rows are filled up with zeros."""

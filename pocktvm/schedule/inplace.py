@@ -7,8 +7,8 @@ may not: other elements of the output still need it.
 
 from __future__ import annotations
 
-from pocktvm.schedule.expression import masks
 from pocktvm.schedule.rule import Task
+from pocktvm.schedule.special import grouped
 
 
 def inplace_pairs(task: Task) -> tuple[tuple[int, int], ...]:
@@ -18,7 +18,7 @@ def inplace_pairs(task: Task) -> tuple[tuple[int, int], ...]:
     anchor = node.attrs.get("anchor") if node.body else 0
     before = () if anchor is None else (node.body or (node,))[: anchor + 1]
     blocked = {name for part in before for name in part.inputs}
-    blocked |= masks(task)  # a byte of a mask is not written at once
+    blocked |= grouped(task)  # a byte of a mask is not written at once
     pairs = []
     for o, output in enumerate(node.outputs):
         value = task.values[output]

@@ -1,10 +1,12 @@
-"""float32 to the bits of a bfloat16 and back, by shifts: no target needs to know the type."""
+"""float32 to the bits of a bfloat16 and back, by shifts: no target needs to know the type; and to a
+share of a range that is known before, in a byte. Blocks with an exponent: schedule/blocks.py."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from pocktvm.schedule.blocks import floats, rounded
 from pocktvm.schedule.elementwise_ops.table import Expr, op
 from pocktvm.schedule.emit import const
 from pocktvm.tvm_api import T, tirx
@@ -34,6 +36,18 @@ def unpack_bf16(a: list[Expr], attrs: Mapping[str, Any], width: int, dtype: str)
     """float32 with these bits as its upper half."""
     bits = tirx.Cast(_lanes("uint32", width), a[0])
     return tirx.reinterpret(_lanes("float32", width), tirx.shift_left(bits, _word(16, width)))
+
+
+@op("pack_u8")
+def pack_u8(a: list[Expr], attrs: Mapping[str, Any], width: int, dtype: str) -> Expr:
+    """uint8: 255 x / top, to the nearest."""
+    return rounded(a[0] * const(255.0 / attrs["top"], width), "uint8", width)
+
+
+@op("unpack_u8")
+def unpack_u8(a: list[Expr], attrs: Mapping[str, Any], width: int, dtype: str) -> Expr:
+    """float32 from such a byte."""
+    return floats(a[0], width) * const(attrs["top"] / 255.0, width)
 
 
 def _lanes(dtype: str, width: int) -> str:

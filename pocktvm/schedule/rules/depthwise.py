@@ -14,6 +14,7 @@ from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.rule import Emitted, Knob, Task
 from pocktvm.schedule.rules.conv_weight_grad import describe as describe_weight_grad
 from pocktvm.schedule.spatial import anchor_of, decline_spatial
+from pocktvm.schedule.widening import Widening, widened
 from pocktvm.schedule.window import Axis, Window
 
 
@@ -117,7 +118,7 @@ class DepthwiseWeightGrad:
 
     def decline(self, task: Task) -> str | None:
         """Declines dense and grouped convolutions, other layouts and types."""
-        reason = decline_spatial(task, "conv2d_weight_grad")
+        reason = decline_spatial(task, "conv2d_weight_grad", inside=widened(task))
         if reason is None:
             node = anchor_of(task)
             reason = decline_groups(task, task.shape(node.inputs[0])[3], node.inputs[1])
@@ -133,7 +134,12 @@ class DepthwiseWeightGrad:
         }
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
-        """Workspace: each worker's sums."""
+        """Workspace: each worker's sums. A narrow image is widened where it is loaded."""
         plan = Plan(describe_weight_grad(task), WeightGradTile(**knobs), task.target.isa)
-        func = emit.build(task, lambda ctx: emit_depthwise_weight_grad(ctx, plan), plan.workspaces)
+        wide = widened(task)
+
+        def body(ctx: emit.Context) -> None:
+            emit_depthwise_weight_grad(Widening.of(ctx, wide) if wide else ctx, plan)
+
+        func = emit.build(task, body, plan.workspaces)
         return Emitted(func, plan.workspaces, inplace_pairs(task), flops=2 * plan.grad.macs)

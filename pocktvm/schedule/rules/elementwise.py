@@ -13,10 +13,10 @@ from pocktvm.schedule.expression import (
     evaluate,
     known_op,
     loop_shape,
-    masks,
     store_outputs,
 )
 from pocktvm.schedule.rule import Emitted, Knob, Task
+from pocktvm.schedule.special import grouped
 from pocktvm.tvm_api import T, tirx
 
 # One parallel region costs 5-12 us; below this many elements a second thread cannot pay for it.
@@ -36,7 +36,7 @@ class Elementwise:
         unknown = [n.op for n in task.node.kernel_nodes() if not known_op(n.op)]
         if unknown:
             return f"no vector expression for {', '.join(sorted(set(unknown)))}"
-        shapes = {task.shape(o) for o in task.node.outputs if o not in masks(task)}
+        shapes = {task.shape(o) for o in task.node.outputs if o not in grouped(task)}
         shapes.add(loop_shape(task))
         return None if len(shapes) == 1 else f"outputs of {len(shapes)} different shapes"
 
@@ -86,7 +86,7 @@ def _lanes(task: Task) -> int:
 def flatten(task: Task) -> Task:
     """The same task over one axis when every operand is a scalar or of the outputs' shape, and
     masks have no padding."""
-    shape, packed = loop_shape(task), masks(task)
+    shape, packed = loop_shape(task), grouped(task)
     names = [n for node in task.node.kernel_nodes() for n in (*node.inputs, *node.outputs)]
     if any(task.shape(n) != shape and task.values[n].size != 1 for n in names if n not in packed):
         return task
@@ -102,7 +102,7 @@ def flatten(task: Task) -> Task:
 
 def same_index_pairs(task: Task) -> tuple[tuple[int, int], ...]:
     """Outputs that may overwrite an input: same shape and type, read and written at one index."""
-    node, packed = task.node, masks(task)  # a byte of a mask is not written at once
+    node, packed = task.node, grouped(task)  # a byte of a mask is not written at once
     types = {n: (task.shape(n), task.values[n].dtype) for n in (*node.inputs, *node.outputs)}
     return tuple(
         (o, i)

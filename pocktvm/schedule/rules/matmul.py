@@ -22,7 +22,6 @@ from typing import Any
 
 from pocktvm.ir.target import Isa
 from pocktvm.schedule.emit import Context, build, const, load, store, vectors
-from pocktvm.schedule.expression import masks
 from pocktvm.schedule.gemm import Gemm, describe
 from pocktvm.schedule.gemm_dot import dot_tile, emit_dot
 from pocktvm.schedule.gemm_tile import UNROLL, Tile, register_tile
@@ -41,6 +40,7 @@ from pocktvm.schedule.loops import (
 )
 from pocktvm.schedule.prefetch import Ahead, gains, worthwhile
 from pocktvm.schedule.rule import Emitted, Knob, Pack, Task
+from pocktvm.schedule.special import grouped
 from pocktvm.schedule.transpose import Matrix, copy_transposed
 from pocktvm.tvm_api import T, tirx
 
@@ -346,7 +346,7 @@ def _forms(task: Task, gemm: Gemm) -> tuple[str, ...]:
         forms.append("direct")
     if task.is_frozen(gemm.b) and not gemm.b_batched:
         forms.append("packed")
-    if dot_tile(task, gemm) is not None and not masks(task):  # its columns begin anywhere
+    if dot_tile(task, gemm) is not None and not grouped(task):  # its columns begin anywhere
         forms.append("dot")
     return tuple(forms)
 
