@@ -11,6 +11,7 @@ import torch
 from equality import REDUCED, Work, our_run
 from graphs import Build, ops, same_numbers
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_passes_pipeline import random_graph
 from test_passes_rematerialize import peak
 
@@ -30,6 +31,7 @@ from pocktvm.recorded import STEADY, first_losses, record_self_test, spread
 from pocktvm.reference import eval_node
 from pocktvm.schedule.rule import Task
 from pocktvm.schedule.rules.elementwise import Elementwise
+from pocktvm.targets import load_target
 from tests.schedule_harness import host, run_rule
 
 pytestmark = pytest.mark.build
@@ -125,10 +127,10 @@ def test_it_leaves_alone_what_is_small_short_or_no_step():
 
 
 @settings(max_examples=15, deadline=None)
-@given(random_graph())
-def test_the_passes_behind_it_keep_the_narrow_numbers(graph):
+@given(random_graph(), st.sampled_from(["bf16", "int8"]))
+def test_the_passes_behind_it_keep_the_narrow_numbers(graph, saved):
     with mock.patch.multiple("pocktvm.passes.narrow_saved", SMALL=0, SPAN=1):
-        narrow = narrow_saved(graph)
+        narrow = narrow_saved(graph, saved, load_target("rpi4"))
     for function in PIPELINE[PIPELINE.index(fuse) :]:
         narrow, before = function(narrow), narrow
         same_numbers(before, narrow, 2e-3)
