@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from test_passes_pipeline import random_graph
 from test_passes_rematerialize import peak
 
+from pocktvm.errors import InternalError
 from pocktvm.ir.graph import Graph, Node, Value
 from pocktvm.passes import PIPELINE, run_passes
 from pocktvm.passes.index_pools import index_pools
@@ -173,6 +174,13 @@ POOLS = [  # n, h, w, channels, pool, stride, padding, dilation, lanes
     (2, 7, 7, 13, (7, 7), (1, 1), (0, 0, 0, 0), (1, 1), 8),
     (1, 10, 9, 5, (3, 2), (1, 3), (1, 0, 2, 1), (2, 3), 1),
 ]
+
+
+def test_a_graph_for_wider_vectors_is_refused():
+    types = values(y=(4, 12), m=((4, 2), "uint8"))
+    pack = Node("pack_mask", ("y",), ("m",), {"group": 8, "test": "relu"})
+    with pytest.raises(InternalError, match="8 channels a byte, 4 in a vector"):
+        Elementwise().emit(Task(pack, types, {}, frozenset(), host(4)), {"unroll": 1})
 
 
 @pytest.mark.build

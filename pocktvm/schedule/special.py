@@ -47,15 +47,23 @@ def _apply_mask(ctx: Context, node: Node, dout: Expr, at: Position) -> Expr:
     return tirx.Select(truth, dout, const(0.0, at.width))
 
 
+def _group(ctx: Context, node: Node) -> int:
+    """Channels that share a byte; the graph was made for this target if a vector holds them."""
+    group = int(node.attrs["group"])
+    if group > ctx.lanes:
+        raise InternalError(f"{node}: {group} channels a byte, {ctx.lanes} in a vector")
+    return group
+
+
 def _pack_mask(ctx: Context, node: Node, y: Expr, at: Position) -> None:
-    group, last = node.attrs["group"], at.shape[-1]
+    group, last = _group(ctx, node), at.shape[-1]
     start = at.row * bits.row_bytes(last, group)
     truth = passes(T.bind(y), node.attrs, at.width)
     bits.write(ctx.buffers[node.outputs[0]], start, at.column, last, group, truth, at.width)
 
 
 def _pack_i8(ctx: Context, node: Node, x: Expr, at: Position) -> Expr:
-    group, last = node.attrs["group"], at.shape[-1]
+    group, last = _group(ctx, node), at.shape[-1]
     codes, exponent = blocks.quantize(T.bind(x), at.width)
     start = at.row * blocks.row_blocks(last, group)
     buffer = ctx.buffers[node.outputs[1]]
