@@ -28,13 +28,13 @@ from pocktvm.frontend.source import import_model
 from pocktvm.ir.rates import Rates
 from pocktvm.ir.scheme import Scheme
 from pocktvm.search.activity import measure_activity
-from pocktvm.search.analysis import Settings, checked_samples
 from pocktvm.search.auto import search
 from pocktvm.search.candidates import find_candidates
 from pocktvm.search.curve import smoothed
 from pocktvm.search.finals import AGAIN, judged, key_of, winner
 from pocktvm.search.planner import Planner
 from pocktvm.search.select import Limits, Selector
+from pocktvm.search.study import Settings, checked_samples
 from pocktvm.search.table import Row, Table
 from pocktvm.targets import load_target
 

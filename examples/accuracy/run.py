@@ -29,8 +29,8 @@ from pocktvm.cli.progress import Progress
 from pocktvm.experiment import table
 from pocktvm.frontend.resolve import resolve_model
 from pocktvm.ir.scheme import Scheme
-from pocktvm.search.analysis import Settings
 from pocktvm.search.auto import search, to_toml
+from pocktvm.search.study import Settings
 from pocktvm.units import parse_bytes
 
 RESAMPLE = "resample:"

@@ -63,8 +63,8 @@ def scheme(
         from pocktvm.autodiff.optimizers import parse_optimizer
         from pocktvm.build import Build
         from pocktvm.frontend.resolve import resolve_model
-        from pocktvm.search.analysis import Settings
         from pocktvm.search.auto import search
+        from pocktvm.search.study import Settings
 
         source = resolve_model(model, batch=batch, weights=weights)
         build = Build.of(

@@ -73,14 +73,9 @@ def search(
     the frontier shows what the budget buys. Raises PockError for a budget below the
     smallest plan, before anything is measured, and for data no analysis can be made of.
     """
-    from pocktvm.search.analysis import (
-        Settings,
-        analyse,
-        checked_samples,
-        describe,
-        forget,
-        opened,
-    )
+    from pocktvm.search.analysis import analyse
+    from pocktvm.search.study import Settings, Study, checked_samples
+    from pocktvm.search.trials import opened
 
     settings = settings or Settings()
     full = replace(build, scheme=Scheme.full())
@@ -92,9 +87,10 @@ def search(
         table = _finished(build, model)
     else:
         arrays = checked_samples(build, model, build.samples)
-        facts = describe(full, model, arrays, settings)
-        path = Path(build.analysis) if build.analysis else default_path(facts)
-        table = analyse(full, model, candidates, arrays, settings, path, progress)
+        study = Study(full, model, candidates, settings, arrays)
+        path = Path(build.analysis) if build.analysis else default_path(study.facts())
+        study = replace(study, path=path)
+        table = analyse(study, progress)
     exact = Planner(
         model, build.loss, build.optimizer, build.target, float(table.facts["kernel_bytes"])
     )
@@ -106,11 +102,12 @@ def search(
     finalists = selector.finalists(limits)
     choices = [choice for _, choice in finalists]
     if build.samples is not None and not judged(table, choices):
-        settings = replace(settings, method="finetune")  # trains, whatever measured contributions
-        with opened(full, model, candidates, arrays, settings, path, progress) as (bench, _):
+        # it trains, whatever measured contributions
+        trains = replace(study, settings=replace(settings, method="finetune"))
+        with opened(trains, progress) as (bench, _):
             hold_final(bench, candidates.head, table, choices, progress)
     if build.samples is not None:
-        forget(path)
+        study.forget()
     first = winner(table, choices) if judged(table, choices) else 0
     choice, planned = _fitting(selector, *finalists[first], limits, progress)
     if explore:
@@ -150,7 +147,8 @@ def default_path(facts: Mapping[str, Any]) -> Path:
 
 def _finished(build: Build, model: Model) -> Table:
     """An analysis of this very model that needs no data any more."""
-    from pocktvm.search.analysis import SETTLED, Settings, describe
+    from pocktvm.search.analysis import SETTLED
+    from pocktvm.search.study import model_facts
 
     analysis = build.analysis
     if analysis is None:
@@ -160,7 +158,7 @@ def _finished(build: Build, model: Model) -> Table:
             "what learns (--scheme pockengine, bias:N, blocks:N or a TOML)."
         )
     table = Table.read(Path(analysis))
-    facts = describe(build, model, None, Settings())
+    facts = model_facts(build, model)
     # another batch or optimizer costs other bytes, which are planned anew; what helps stays
     wrong = [k for k in ("parameters", "loss") if table.facts.get(k) != facts[k]]
     if wrong:
