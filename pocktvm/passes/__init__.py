@@ -18,6 +18,7 @@ from pocktvm.passes.fold_scales import fold_scales
 from pocktvm.passes.fuse import fuse
 from pocktvm.passes.fuse_blocks import fuse_blocks
 from pocktvm.passes.index_pools import index_pools
+from pocktvm.passes.join_gradients import join_gradients
 from pocktvm.passes.join_loss import join_loss
 from pocktvm.passes.join_products import join_products
 from pocktvm.passes.narrow_saved import narrow_saved
@@ -50,6 +51,7 @@ PIPELINE: tuple[Pass, ...] = (
     save_masks,
     fuse,
     fuse_blocks,
+    join_gradients,
     order,
     join_products,
 )

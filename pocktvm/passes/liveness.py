@@ -15,6 +15,7 @@ from pocktvm.ir.graph import Graph, Node, Value
 from pocktvm.ir.ops import VIEWS, joins_loops
 
 ALIGN = 64
+BOTH_GRADIENTS = "depthwise_grads"  # passes/join_gradients.py
 # operators whose first operand may be overwritten by their first result
 OVERWRITES = frozenset("softmax softmax_grad log_softmax_grad cross_entropy_grad".split())
 
@@ -92,9 +93,7 @@ def overwritable(node: Node, values: Mapping[str, Value]) -> list[tuple[str, str
         return []
     if node.op in OVERWRITES:
         return [(node.outputs[0], node.inputs[0])]
-    anchor = node.attrs.get("anchor") if node.body else (None if joins_loops(node.op) else 0)
-    before = () if anchor is None else node.kernel_nodes()[: anchor + 1]
-    blocked = {name for part in before for name in part.inputs}
+    blocked = {name for part in _loops(node) for name in part.inputs}
     pairs = []
     for out in node.outputs:
         for name in node.inputs:
@@ -102,6 +101,14 @@ def overwritable(node: Node, values: Mapping[str, Value]) -> list[tuple[str, str
             if a.shape == b.shape and a.dtype == b.dtype and name not in blocked:
                 pairs.append((out, name))
     return pairs
+
+
+def _loops(node: Node) -> tuple[Node, ...]:
+    """The operators whose operands are read at other indices than the one that is written."""
+    if node.attrs.get("kind") == BOTH_GRADIENTS and node.anchor is not None:
+        return (node.anchor.anchor or node.anchor,)  # the others read x at dx's own pixel
+    anchor = node.attrs.get("anchor") if node.body else (None if joins_loops(node.op) else 0)
+    return () if anchor is None else node.kernel_nodes()[: anchor + 1]
 
 
 def forward_nodes(graph: Graph) -> set[int]:

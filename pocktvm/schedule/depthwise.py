@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pocktvm.schedule import emit
 from pocktvm.schedule.emit import Context
 from pocktvm.schedule.expression import Position, finish
+from pocktvm.schedule.prefetch import prefetch_stream
 from pocktvm.schedule.spatial import outer
 from pocktvm.schedule.window import Axis, Run, tiles
 from pocktvm.tvm_api import T, tirx
@@ -91,7 +92,7 @@ def emit_depthwise(ctx: Context, conv: Depthwise, tile: Tile) -> None:
 
 @dataclass
 class Row:
-    """Row q of one phase of image n."""
+    """Row q of one phase of image n. `ahead`: the row may ask memory for the next one."""
 
     ctx: Context
     conv: Depthwise
@@ -101,6 +102,7 @@ class Row:
     rows: Axis
     columns: Axis
     runs: list[Run]
+    ahead: ClassVar[bool] = True
 
     def emit(self) -> None:
         """Split the rows by the taps they see; each case is written out if the code stays small."""
@@ -159,6 +161,8 @@ class Row:
     ) -> None:
         """One register tile: all taps, then the epilogue."""
         width = vectors[-1][0] + vectors[-1][1]
+        if self.ahead and len(self.conv.phases) == 1:
+            self.prefetch(run, x, c, width)
         acc = emit.local(run.width * width)
         for r in range(run.width):
             for start, lanes in vectors:
@@ -175,6 +179,20 @@ class Row:
                               c + start, lanes)  # fmt: skip
                 value = emit.load(acc, r * width + start, lanes)
                 finish(self.ctx, {self.conv.result: value}, at)
+
+    def prefetch(self, run: Run, x: Expr, c: Expr, width: int) -> None:
+        """Ask for this tile's share, as it lies in memory, of the source rows that the next row
+        reads first, and of the next row of the result."""
+        _, _, w, channels = self.conv.source_shape
+        rows, step, taps = self.rows, self.columns.step, self.rows.taps
+        count, across = run.width * width, run.width * step
+        for below in range(rows.step):
+            line = self.source_line(taps - 1) + ((below + 1) * w) * channels
+            prefetch_stream(self.ctx, self.conv.source,
+                            line + x * (step * channels) + c * across, count * step)  # fmt: skip
+        at = (self.result_line() + self.conv.result_shape[2] + x) * channels + c * run.width
+        for name in self.ctx.task.node.outputs:
+            prefetch_stream(self.ctx, name, at, count)
 
     def source_line(self, ty: Any) -> Expr:
         """Where the source row that kernel row `ty` meets begins."""

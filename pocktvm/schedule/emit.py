@@ -92,10 +92,11 @@ def store(buffer: Any, index: Expr, value: Expr, width: int) -> None:
     T.buffer_store(buffer, value, [index] if width == 1 else [tirx.Ramp(index, 1, width)])
 
 
-def prefetch(buffer: Any, index: Expr, write: bool = False) -> None:
-    """Ask for the cache line of an element ahead of its use; any index will do, none faults."""
+def prefetch(buffer: Any, index: Expr, write: bool = False, level: int = 1) -> None:
+    """Ask for the cache line of an element ahead of its use, into the cache of a level (1, 2); any
+    index will do, none faults."""
     address = T.address_of(tirx.BufferLoad(buffer, [index]))
-    hints = [tirx.const(value, "int32") for value in (int(write), 3, 1)]  # 3: the first-level cache
+    hints = [tirx.const(value, "int32") for value in (int(write), 4 - level, 1)]
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, *hints))
 
 

@@ -228,6 +228,7 @@ class _RingRow(Row):
     """A depthwise row whose source is the ring, or the input, and whose result is in scratch."""
 
     block_: Block
+    ahead = False  # both lie in a worker's scratch, in the caches
 
     def source_line(self, ty: Any) -> Expr:
         """The ring's row, or the input's."""

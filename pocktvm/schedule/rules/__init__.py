@@ -8,6 +8,7 @@ from pocktvm.schedule.rules.conv_input_grad import ConvInputGrad
 from pocktvm.schedule.rules.conv_weight_grad import ConvWeightGrad
 from pocktvm.schedule.rules.cross_entropy import CrossEntropy, CrossEntropyGrad
 from pocktvm.schedule.rules.depthwise import DepthwiseConv, DepthwiseInputGrad, DepthwiseWeightGrad
+from pocktvm.schedule.rules.depthwise_grads import DepthwiseGrads
 from pocktvm.schedule.rules.elementwise import Elementwise
 from pocktvm.schedule.rules.embedding import Take, TakeGrad
 from pocktvm.schedule.rules.fallback import Fallback
@@ -26,6 +27,7 @@ RULES: tuple[Rule, ...] = (
     Elementwise(),
     InvertedResidual(),
     Products(),
+    DepthwiseGrads(),
     Matmul(),
     Reduce(),
     DepthwiseConv(),
