@@ -45,7 +45,7 @@ def joined(graph):
     return [n for n in graph.nodes if n.attrs.get("kind") == "depthwise_grads"]
 
 
-@pytest.mark.parametrize("about, parts", [({}, 4), ({"shifts": False}, 2), ({"learn": False}, 3)])
+@pytest.mark.parametrize("about, parts", [({}, 4), ({"shifts": False}, 2)])
 def test_what_reads_the_same_values_is_joined(about, parts):
     graph = layer(**about)
     result = order(join_gradients(graph).check())
@@ -56,7 +56,7 @@ def test_what_reads_the_same_values_is_joined(about, parts):
 
 
 @pytest.mark.parametrize(
-    "about", [{"groups": 1}, {"tangled": True, "shifts": False}, {"learn": False, "shifts": False}]
+    "about", [{"groups": 1}, {"tangled": True}, {"learn": False}]
 )
 def test_other_convolutions_and_parts_that_need_each_other_stay_apart(about):
     graph = layer(**about)

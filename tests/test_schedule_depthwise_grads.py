@@ -26,20 +26,18 @@ def group(kind, inputs, outputs, *body):
     return Node("group", inputs, outputs, {"anchor": 0, "kind": kind}, "", body)
 
 
-def gradients(shape, masked=True, learn=True, sums=("dy", "z")):
+def gradients(shape, masked=True, sums=("dy", "z")):
     """The joined group of one layer with its types: relu6 in front, the update of w behind."""
     x, w, y, attrs = geometry(shape)
-    types = values(x=x, dy=y, w=w, v=w, dw=w, w2=w, dx=x, z=x, sd=(x[3],), sz=(x[3],), b=(x[3],),
+    types = values(x=x, dy=y, w=w, dw=w, w2=w, dx=x, z=x, sd=(x[3],), sz=(x[3],), b=(x[3],),
                    b2=(x[3],))  # fmt: skip
-    parts = []
-    if learn:
-        parts.append(group("conv2d_weight_grad", ("x", "dy", "w"), ("w2",),
-                           Node("conv2d_weight_grad", ("x", "dy"), ("dw",), attrs),
-                           Node("subtract", ("w", "dw"), ("w2",))))  # fmt: skip
+    parts = [group("conv2d_weight_grad", ("x", "dy", "w"), ("w2",),
+                   Node("conv2d_weight_grad", ("x", "dy"), ("dw",), attrs),
+                   Node("subtract", ("w", "dw"), ("w2",)))]  # fmt: skip
     if "dy" in sums:
         parts.append(group("sum", ("dy", "b"), ("b2",), Node("sum", ("dy",), ("sd",), SUM),
                            Node("subtract", ("b", "sd"), ("b2",))))  # fmt: skip
-    dx = Node("conv2d_input_grad", ("dy", "w" if learn else "v"), ("dx",), attrs)
+    dx = Node("conv2d_input_grad", ("dy", "w"), ("dx",), attrs)
     mask = Node("relu6_grad", ("dx", "x"), ("z",))
     z = "z" if masked else "dx"
     parts.append(group("conv2d_input_grad", (*dx.inputs, "x"), ("z",), dx, mask) if masked else dx)
@@ -73,7 +71,7 @@ def test_all_gradients_of_odd_shapes(number, shape):
     check(node, types, target)
 
 
-@pytest.mark.parametrize("about", [{"masked": False}, {"learn": False}, {"sums": ()}])
+@pytest.mark.parametrize("about", [{"masked": False}, {"sums": ()}])
 def test_parts_may_be_absent(about):
     check(*gradients(SHAPES[2], **about), host(8))
 

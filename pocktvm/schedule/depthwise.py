@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from pocktvm.schedule import emit
 from pocktvm.schedule.emit import Context
 from pocktvm.schedule.expression import Position, finish
-from pocktvm.schedule.prefetch import prefetch_stream
+from pocktvm.schedule.prefetch import prefetch_stream, streams
 from pocktvm.schedule.spatial import outer
 from pocktvm.schedule.window import Axis, Run, tiles
 from pocktvm.tvm_api import T, tirx
@@ -186,13 +186,14 @@ class Row:
         _, _, w, channels = self.conv.source_shape
         rows, step, taps = self.rows, self.columns.step, self.rows.taps
         count, across = run.width * width, run.width * step
-        for below in range(rows.step):
-            line = self.source_line(taps - 1) + ((below + 1) * w) * channels
+        for below in range(rows.step if streams(self.ctx.task, self.conv.source) else 0):
+            line = self.source_line(taps - 1) + (below + 1) * w * channels
             prefetch_stream(self.ctx, self.conv.source,
                             line + x * (step * channels) + c * across, count * step)  # fmt: skip
         at = (self.result_line() + self.conv.result_shape[2] + x) * channels + c * run.width
         for name in self.ctx.task.node.outputs:
-            prefetch_stream(self.ctx, name, at, count)
+            if streams(self.ctx.task, name):
+                prefetch_stream(self.ctx, name, at, count)
 
     def source_line(self, ty: Any) -> Expr:
         """Where the source row that kernel row `ty` meets begins."""

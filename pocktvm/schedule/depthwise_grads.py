@@ -26,7 +26,7 @@ from pocktvm.schedule.depthwise import Vectors, channel_blocks, each_block
 from pocktvm.schedule.depthwise_walk import Grads, Plan, Run, column_runs
 from pocktvm.schedule.emit import Context
 from pocktvm.schedule.expression import Position, evaluate, finish, store_outputs
-from pocktvm.schedule.prefetch import prefetch_stream
+from pocktvm.schedule.prefetch import prefetch_stream, worthwhile
 from pocktvm.schedule.window import Axis
 from pocktvm.tvm_api import T, tirx
 
@@ -95,9 +95,8 @@ def _finish(parts: Parts, plan: Plan) -> None:
         _each(parts, plan, body)
 
     zero = tirx.const(0, "int32")
-    if grads.dw:
-        with T.serial(0, grads.taps) as tap:
-            write(grads.dw, tap, tap)
+    with T.serial(0, grads.taps) as tap:
+        write(grads.dw, tap, tap)
     slot = grads.taps
     for name in (grads.dy_sum, grads.z_sum):
         if name:
@@ -166,9 +165,8 @@ class _Row:
         for r in range(run.width):
             for start, lanes in vectors:
                 emit.store(tile.acc, tile.at(r, start), emit.const(0.0, lanes), lanes)
-                if grads.dw:
-                    x = whole.load(grads.x, tile.pixel(r, start).flat, lanes)
-                    emit.store(tile.x, tile.at(r, start), x, lanes)
+                x = whole.load(grads.x, tile.pixel(r, start).flat, lanes)
+                emit.store(tile.x, tile.at(r, start), x, lanes)
         if span is not None:
             with T.serial(*span) as tap:
                 tile.line(tap)
@@ -205,11 +203,12 @@ class _Tile:
         it lies in memory, whatever pixels and channels that are."""
         grads, row, width = self.grads, self.row, self.run.width
         channels, stride = grads.dx_shape[3], len(grads.columns)
-        if grads.dw:
-            at = self.first + row.rows.every * grads.dx_shape[2]
-            share = width * self.width
+        at = self.first + row.rows.every * grads.dx_shape[2]
+        share = width * self.width
+        if worthwhile(self.ctx, grads.x):
             prefetch_stream(self.ctx, grads.x, at * channels + self.c * width, share)
-        if row.rows is grads.rows[-1] and row.rows.taps:
+        last = row.rows is grads.rows[-1] and row.rows.taps
+        if last and worthwhile(self.ctx, grads.dy):
             _, oh, ow, _ = grads.dy_shape
             below = row.rows.source(row.q, row.rows.taps - 1) + 1
             at = (row.n * oh + below) * ow + self.column0
@@ -252,14 +251,11 @@ class _Tile:
         grads, at = self.grads, self.at(r, start)
         weight = self.ctx.load(grads.weight, w0 + (kx * grads.dx_shape[3] + start), lanes)
         emit.store(self.acc, at, emit.load(self.acc, at, lanes) + dy * weight, lanes)
-        if grads.dw:
-            total = emit.load(sums[kx], 0, lanes) + dy * emit.load(self.x, at, lanes)
-            emit.store(sums[kx], 0, total, lanes)
+        total = emit.load(sums[kx], 0, lanes) + dy * emit.load(self.x, at, lanes)
+        emit.store(sums[kx], 0, total, lanes)
 
     def _load_sums(self, at: Expr, lanes: int) -> dict[int, Any]:
         """This kernel row's sums of the weight gradient, by kernel column, in registers."""
-        if not self.grads.dw:
-            return {}
         sums = {}
         for kx in sorted({kx for reach in self.run.pixels for kx, _ in reach}):
             sums[kx] = emit.local(lanes)
@@ -303,9 +299,8 @@ class _Tile:
             total: Expr = None
             for r in range(self.run.width):
                 at = self.pixel(r, start)
-                known = {grads.dx: emit.load(self.acc, self.at(r, start), lanes)}
-                if grads.dw:
-                    known[grads.x] = emit.load(self.x, self.at(r, start), lanes)
+                known = {grads.dx: emit.load(self.acc, self.at(r, start), lanes),
+                         grads.x: emit.load(self.x, self.at(r, start), lanes)}  # fmt: skip
                 values = evaluate(ctx, following, known, at)
                 store_outputs(ctx, values, at)
                 if grads.z_sum:

@@ -28,9 +28,9 @@ class Run:
 class Grads:
     """One convolution's gradients: names, NHWC shapes, phases of rows and of columns of dx.
 
-    `weight` and `dx` belong to the input gradient, `dw` to the weight gradient ("" where the
-    weight does not learn); `dy_sum` and `z_sum` are values that sum dy and `z`, the result of the
-    input gradient's epilogue, over pixels ("" where nobody asks)."""
+    `weight` and `dx` belong to the input gradient, `dw` to the weight gradient; `dy_sum` and
+    `z_sum` are values that sum dy and `z`, the result of the input gradient's epilogue, over
+    pixels ("" where nobody asks)."""
 
     dy: str
     weight: str
@@ -49,7 +49,7 @@ class Grads:
     @property
     def taps(self) -> int:
         """Sums of the weight gradient a channel."""
-        return self.kernel[0] * self.kernel[1] if self.dw else 0
+        return self.kernel[0] * self.kernel[1]
 
     @property
     def slots(self) -> int:
@@ -61,7 +61,7 @@ class Grads:
         """Multiply-adds of both gradients, borders counted whole."""
         n, _, _, c = self.dy_shape
         one = sum(n * c * r.out * s.out * r.taps * s.taps for r in self.rows for s in self.columns)
-        return one * (2 if self.dw else 1)
+        return 2 * one
 
     @cached_property
     def once(self) -> tuple[int, int] | None:

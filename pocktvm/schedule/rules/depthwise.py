@@ -11,7 +11,7 @@ from pocktvm.schedule.depthwise_weight_grad import Plan, emit_depthwise_weight_g
 from pocktvm.schedule.depthwise_weight_grad import Tile as WeightGradTile
 from pocktvm.schedule.depthwise_weight_grad import choose_tile as weight_grad_tile
 from pocktvm.schedule.inplace import inplace_pairs
-from pocktvm.schedule.prefetch import gains
+from pocktvm.schedule.prefetch import streams
 from pocktvm.schedule.rule import Emitted, Knob, Task
 from pocktvm.schedule.rules.conv_weight_grad import describe as describe_weight_grad
 from pocktvm.schedule.spatial import anchor_of, decline_spatial
@@ -57,8 +57,8 @@ class DepthwiseConv:
     def tile(self, task: Task) -> Tile:
         """8 pixels of one vector share the weights; strides share less, wide maps are bound by
         memory, which 4 ask for more evenly (measured with AVX2 and AVX-512)."""
-        conv, wide = self.describe(task), gains(task.target.isa)
-        if wide and (conv.phases[0][1].step > 1 or conv.result_shape[2] > 8):
+        conv = self.describe(task)
+        if streams(task, conv.source) and conv.result_shape[2] > 8:
             return fit_tile(task, conv, (4, 1))
         if conv.phases[0][1].step == 1:
             return fit_tile(task, conv, (8, 1))

@@ -12,7 +12,7 @@ from pocktvm.schedule.depthwise_walk import Grads, Plan
 from pocktvm.schedule.emit import Context
 from pocktvm.schedule.fused_block import part_task
 from pocktvm.schedule.inplace import inplace_pairs
-from pocktvm.schedule.prefetch import gains
+from pocktvm.schedule.prefetch import streams
 from pocktvm.schedule.rule import Emitted, Knob, Task
 from pocktvm.schedule.rules.depthwise import DepthwiseInputGrad, DepthwiseWeightGrad
 from pocktvm.schedule.rules.reduce import Reduce
@@ -48,8 +48,8 @@ class DepthwiseGrads:
         wish = 8 if isa.vector_registers >= 32 else 4
         if isa.lane_fma and stride == 1:
             wish = min(wish, 6)  # 8 spill: weights are registers there, not operands in memory
-        if gains(isa) and stride == 1 and grads.dx_shape[2] > 8:
-            wish = 4  # wide rows come from main memory: shorter tiles ask for it more evenly
+        if stride == 1 and grads.dx_shape[2] > 8 and streams(task, grads.x):
+            wish = 4  # rows come from main memory: shorter tiles ask for it more evenly
         pixels = max(stride, wish // stride * stride)
         options = (pixels, *(stride * n for n in (1, 2, 4)))
         return {"pixels": Knob(tuple(dict.fromkeys(options)), pixels), "vectors": Knob((1, 2), 1)}
@@ -82,7 +82,7 @@ def describe(task: Task) -> Grads:
     """What a group computes; its parts are known to be fit."""
     anchors = {node.outputs: anchor_of(part_task(task, node)) for node in task.node.body}
     found = {anchor.op: anchor for anchor in anchors.values() if anchor.op != "sum"}
-    gradient, weight = found["conv2d_input_grad"], found.get("conv2d_weight_grad")
+    gradient, weight = found["conv2d_input_grad"], found["conv2d_weight_grad"]
     (dy, w), dx = gradient.inputs[:2], gradient.outputs[0]
     sums = {anchor.inputs[0]: anchor.outputs[0] for anchor in anchors.values()
             if anchor.op == "sum"}  # fmt: skip
@@ -90,9 +90,8 @@ def describe(task: Task) -> Grads:
     dx_shape, dy_shape, kernel = task.shape(dx), task.shape(dy), task.shape(w)[:2]
     rows, columns = Window.of(gradient.attrs).gradient(dx_shape[1:3], dy_shape[1:3], kernel)
     return Grads(
-        dy, w, dx, weight.inputs[0] if weight else "", weight.outputs[0] if weight else "",
-        z, sums.get(dy, ""), sums.get(z, ""), dx_shape, dy_shape, (kernel[0], kernel[1]),
-        tuple(rows), tuple(columns),
+        dy, w, dx, weight.inputs[0], weight.outputs[0], z, sums.get(dy, ""), sums.get(z, ""),
+        dx_shape, dy_shape, (kernel[0], kernel[1]), tuple(rows), tuple(columns),
     )  # fmt: skip
 
 
