@@ -22,13 +22,15 @@ from pocktvm.search.table import Row, Table
 from pocktvm.search.trials import opened
 
 STEPS = (8, 60)  # of a trial, at least and at most
+ENOUGH = 24  # steps of a trial: with fewer, parts of weights are not tried
 WARM_UP_STEPS = (16, 1500)
 FINAL_STEPS = (16, 600)  # of its first round
-WARM_UP, TRIALS = 0.15, 0.5  # of the time; the final has the rest
+WARM_UP, TRIALS = 0.1, 0.3  # of the time; the final has the rest
 TRIAL_RATES = (1.0, 0.3, 0.1)  # times the optimizer's
 PROXY_BATCHES = 16
 SETTLED = (
-    "steps", "warm_up_steps", "final_steps", "step_seconds", "kernel_bytes", "full_work",
+    "steps", "warm_up_steps", "final_steps", "tried_shares", "step_seconds", "kernel_bytes",
+    "full_work",
 )  # fmt: skip
 
 
@@ -38,14 +40,14 @@ def analyse(study: Study, progress: Progress | None = None) -> Table:
     Raises PockError when the file there analyses something else.
     """
     facts, candidates, settings = study.facts(), study.candidates, study.settings
-    keys = candidates.keys(settings.shares)
     if study.path.is_file():
         table = Table.open(study.path, facts, SETTLED)
-        if table.rows and not table.missing(keys):
+        if table.rows and not table.missing(_keys(table, candidates)):
             return table
     with opened(study, progress) as (bench, measured):
-        measured |= _pace(bench, candidates, settings, len(keys))
+        measured |= _pace(bench, candidates, settings)
         table = Table.open(study.path, {**facts, **measured}, SETTLED)
+        keys = _keys(table, candidates)
         if settings.method == "finetune":
             _finetune(bench, candidates, table, keys, progress)
         else:
@@ -53,23 +55,39 @@ def analyse(study: Study, progress: Progress | None = None) -> Table:
     return table
 
 
-def _pace(
-    bench: Bench, candidates: Candidates, settings: Settings, trials: int
-) -> dict[str, Any]:
+def _keys(table: Table, candidates: Candidates) -> list[Key]:
+    """The trials of a table."""
+    return candidates.keys(tuple(table.facts.get("tried_shares", ())))
+
+
+def _pace(bench: Bench, candidates: Candidates, settings: Settings) -> dict[str, Any]:
     """Steps of the warm-up, of a trial and of the final's first round, so that all together take
-    the minutes given; more than the most is not needed, fewer than the least says nothing."""
+    the minutes given; more than the most is not needed, fewer than the least says nothing. Where
+    trials would be short, fewer shares of each weight are tried: what the others gain is read off
+    the curve (curve.py)."""
     step, judge = bench.seconds(candidates.head)
     seconds = settings.minutes * 60
 
-    def steps(share: float, times: float, bounds: tuple[int, int]) -> int:
-        return int(np.clip((share * seconds / times - judge) / step, *bounds))
+    def steps(share: float, times: float) -> float:
+        return (share * seconds / times - judge) / step
 
+    def of_trial(shares: tuple[float, ...]) -> float:
+        return steps(TRIALS, len(candidates.keys(shares)) + len(TRIAL_RATES) + 1)
+
+    shares = settings.shares
+    while len(shares) > 1 and settings.method == "finetune" and of_trial(shares) < ENOUGH:
+        shares = shares[:-1]
     return {
-        "steps": steps(TRIALS, trials + len(TRIAL_RATES) + 1, STEPS),
-        "warm_up_steps": steps(WARM_UP, 2, WARM_UP_STEPS),  # for the trials, and for the final
-        "final_steps": steps(1 - WARM_UP - TRIALS, rounds_worth(), FINAL_STEPS),
+        "steps": _bounded(of_trial(shares), STEPS),
+        "warm_up_steps": _bounded(steps(WARM_UP, 2), WARM_UP_STEPS),  # for trials and for the final
+        "final_steps": _bounded(steps(1 - WARM_UP - TRIALS, rounds_worth()), FINAL_STEPS),
+        "tried_shares": list(shares),
         "step_seconds": step,
     }
+
+
+def _bounded(steps: float, bounds: tuple[int, int]) -> int:
+    return int(np.clip(steps, *bounds))
 
 
 def _finetune(

@@ -23,6 +23,8 @@ from pocktvm.runtime.tensor_file import (
 )
 from pocktvm.runtime.trainer import Trainer
 
+JUDGES = 256  # samples that judge a trial
+
 
 class Bench:
     """An open analysis artifact with its data, split into training and held-out samples."""
@@ -89,11 +91,14 @@ class Bench:
             found += list(order.reshape(per_epoch, self.batch))
         return [np.sort(rows) for rows in found[:steps]]
 
-    def held_out_loss(self) -> float:
-        """Mean loss on the held-out samples, with the weights as they are."""
+    def held_out_loss(self, whole: bool = False) -> float:
+        """Mean loss on the held-out samples, with the weights as they are; on the first of them,
+        or on the `whole`."""
         metrics = Metrics(self.loss)
-        for begin in range(0, len(self.test), self.batch):
-            rows = np.sort(self.test[begin : begin + self.batch])
+        some = max(self.batch, JUDGES // self.batch * self.batch)
+        test = self.test if whole else self.test[:some]
+        for begin in range(0, len(test), self.batch):
+            rows = np.sort(test[begin : begin + self.batch])
             output = self.trainer.predict(*[np.asarray(self.arrays[n][rows]) for n in self.x_names])
             labelled = len(self.x_names) < len(self.names)
             metrics.add(output, np.asarray(self.arrays[self.names[-1]][rows]) if labelled else None)

@@ -22,9 +22,9 @@ from pocktvm.search.select import Choice
 from pocktvm.search.table import Row, Table
 
 RATES = (0.3, 0.1)  # of the optimizer's
-LONGER_RATES = (1.0, 0.3)
+LONGER_RATES = (1.0, 0.3, 0.1)
 LONGER, LAST = 3, 3  # times the steps of the first round; how many train so long
-ENTRANTS = 9  # about as many, with the classifier alone
+ENTRANTS = 12  # about as many, with the classifier alone
 KIND, AGAIN = "joint", "joint longer"
 
 Progress = Callable[[str, str], None]
@@ -32,7 +32,7 @@ Progress = Callable[[str, str], None]
 
 def rounds_worth() -> int:
     """How many times the steps of the first round a final takes, about."""
-    return len(RATES) * (ENTRANTS + LONGER * (LAST + 1))
+    return len(RATES) * ENTRANTS + len(LONGER_RATES) * LONGER * (LAST + 1)
 
 
 def key_of(choice: Choice, kind: str = KIND) -> tuple[str, str, float]:
@@ -111,6 +111,6 @@ def _lowest(
     losses = []
     for rate in rates:
         bench.fit(updated, steps, rate=rate, decay=True)
-        loss = bench.held_out_loss()
+        loss = bench.held_out_loss(whole=True)
         losses.append(loss if np.isfinite(loss) else np.inf)
     return float(min(losses))

@@ -200,10 +200,11 @@ class Selector:
         return [even]
 
     def _whole(self, limits: Limits) -> list[Recipe]:
-        """Everything in the last blocks, as many as fit: of every weight, or of half its
-        channels. Nothing measured goes into these, so that no noise does."""
+        """Everything in the last blocks, as many as fit: of every weight, or of a share of its
+        channels, the smaller the deeper. Nothing measured goes into these, so that no noise
+        does."""
         found = []
-        for share in SHARES[:2]:
+        for share in SHARES:
             for depth in reversed([d for d in self.candidates.depths if d not in ("0", ALL)]):
                 names = (n for n in self.candidates.weights if self.candidates.reaches(depth, n))
                 base = dict.fromkeys(names, share)

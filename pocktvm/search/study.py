@@ -18,7 +18,7 @@ from pocktvm.ir.model import Model
 from pocktvm.search.candidates import SHARES, Candidates
 from pocktvm.search.table import digest
 
-PROTOCOL = 3  # of the trials: tables of another one are not gone on with
+PROTOCOL = 4  # of the trials: tables of another one are not gone on with
 UNSTAMPED = ("shares", "minutes", "threads")  # settings that another run may change
 
 
