@@ -97,4 +97,4 @@ class Script(Contestant):
         self.rss_bytes = max(self.rss_bytes, round(facts["peak_rss_mb"] * 2**20))
 
     def stop(self) -> None:
-        """Nothing stays running."""
+        """Nothing to do: nothing stays running between rounds."""

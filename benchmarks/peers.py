@@ -44,7 +44,7 @@ class PeersDir:
         return json.loads(path.read_text())[scheme]
 
     def batch(self) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and labels."""
+        """(inputs, labels) that the peers train on."""
         data = np.load(self.weights)
         return data["__x"], data["__y"]
 

@@ -16,11 +16,13 @@ from pocktvm.ir.target import Target
 
 
 class Artifact:
-    """A built artifact.
+    """A built artifact: a folder that trains, and what its build decided.
 
-    path     its folder (temporary until `save`, unless `out` was given)
-    plan     the memory plan: arena_bytes, lower_bound_bytes, total_bytes, by_class
-    updated  torch name -> share of the tensor that learns
+    path      its folder; a temporary one unless `out` was given (`save` copies it)
+    plan      the memory plan, in bytes: arena_bytes, lower_bound_bytes, total_bytes, by_class
+    updated   torch name -> share of the tensor that learns
+    kernels   schedule rule -> calls of its kernels
+    trade     what `budget` cost in time (levers.Trade); None where nothing had to give way
     """
 
     def __init__(
@@ -58,13 +60,22 @@ class Artifact:
         return dict(self.identity.updated)
 
     def load(self, threads: int | None = None, seed: int = 0) -> Any:
-        """A Trainer over this artifact (emulated when the target is not this machine)."""
+        """A Trainer over this artifact, under the target's emulator where that is another machine.
+
+        threads  None: as many as the artifact was built for, at most the cores that are online
+        seed     of dropout's masks, 0 to 2**63 - 1
+
+        PockError: the target is another machine's and its emulator is missing.
+        """
         from pocktvm.runtime.trainer import load
 
         return load(self.path, threads=threads, seed=seed)
 
     def save(self, folder: str | Path) -> Path:
-        """Copy the artifact to a folder, which must not hold something else."""
+        """Copy the artifact to a folder, and return that; an older artifact there is replaced.
+
+        PockError: the folder holds something else, or cannot be written.
+        """
         folder = Path(folder)
         if folder.resolve() != self.path.resolve():
             with replacing_folder(folder) as fresh:

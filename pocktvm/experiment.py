@@ -28,7 +28,13 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Run:
-    """One seed. `accuracy` is None where the loss has no classes; losses are means a sample."""
+    """The run of one seed, at the rate that was chosen for it.
+
+    epochs    after which the held-out loss was lowest
+    losses    means a sample
+    accuracy  share of right predictions on the test; None where the loss has no classes
+    seconds   of training and of measuring on what was held out
+    """
 
     seed: int
     lr: float
@@ -41,7 +47,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All seeds of one artifact, with what it costs."""
+    """All seeds of one artifact, with what it costs.
+
+    arena_bytes, total_bytes   of its memory plan
+    step_seconds               the fastest step that was seen
+    """
 
     runs: tuple[Run, ...]
     arena_bytes: int
@@ -56,17 +66,17 @@ class Evaluation:
 
     @property
     def mean(self) -> float:
-        """Of the scores."""
+        """Mean of the scores."""
         return float(np.mean(self.scores))
 
     @property
     def standard_error(self) -> float:
-        """Of the mean over the seeds; NaN for a single one."""
+        """Standard error of that mean, over the seeds; NaN for a single one."""
         count = len(self.runs)
         return float(np.std(self.scores, ddof=1) / math.sqrt(count)) if count > 1 else math.nan
 
     def facts(self) -> dict[str, Any]:
-        """For JSON."""
+        """Everything as plain numbers and lists, for JSON and for `table`."""
         return {
             "mean": self.mean, "standard_error": self.standard_error,
             "arena_bytes": self.arena_bytes, "total_bytes": self.total_bytes,
@@ -93,13 +103,17 @@ def evaluate(
     """Train `artifact` (an Artifact, or its folder) once a seed and a learning rate.
 
     train, test   arrays by input name, labels as `y`, axis 0 samples
+    seeds, lrs    what is tried; every run begins at the artifact's weights
+    epochs        most passes over the training samples
     patience      epochs without a lower held-out loss after which a run ends
+    held_out      share of the training samples that only choose (rate, epoch)
+    threads       of the trainer; None: as many as the artifact was built for
     lr_seeds      how many seeds, the first, try every rate; the others take the one with the lowest
                   mean of held-out losses there (None: every seed chooses its own)
     decay         the rate falls to zero over `epochs` along half a cosine
     resample      epochs after which other channels learn, drawn from the seed (0: never); for
                   artifacts built with `resample`
-    held_out      share of the training samples that only choose (rate, epoch)
+    progress      called as (seed, rate) before each run
 
     Raises PockError for data the artifact does not take, and for too little of it.
     """

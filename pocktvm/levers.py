@@ -56,7 +56,7 @@ class Trade:
     measured: bool = False
 
     def facts(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Its fields and its text, for the manifest."""
         return {**vars(self), "text": str(self)}
 
     def __str__(self) -> str:

@@ -27,13 +27,13 @@ class Stages:
         self._passes: list[str] = []
 
     def enter(self, stage: str) -> None:
-        """The next stage begins."""
+        """Begin the next stage; the one before ends."""
         self._close()
         self._current = stage
         self.detail("")
 
     def detail(self, text: str) -> None:
-        """What the stage is at."""
+        """Tell what the stage is at."""
         if self.progress:
             self.progress(self._current, text)
 

@@ -23,7 +23,12 @@ Emit = Callable[[Emitter, Expr, Any, Mapping[str, Any]], Expr]
 
 @dataclass(frozen=True)
 class Kind:
-    """One loss: its options with their defaults, the labels it wants, how it is written."""
+    """One kind of loss.
+
+    emit     writes its operators
+    labels   what it wants as `y`: "class" (indices), "same" (the output's shape) or "none"
+    options  names with their defaults
+    """
 
     emit: Emit
     labels: str  # class | same | none

@@ -274,7 +274,7 @@ class Emitter:
     # -- shape ---------------------------------------------------------------------------------
 
     def reshape(self, x: Expr, shape: Sequence[int]) -> Expr:
-        """A view of x."""
+        """x in another shape of as many elements: a view."""
         shape = tuple(shape)
         if is_const(x):
             return constant(x.value.numpy().reshape(shape))

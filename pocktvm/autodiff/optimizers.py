@@ -109,7 +109,7 @@ class Optimizer:
         return updates
 
     def update(self, m: _Maths, tensor: str, grad: str) -> dict[str, str]:
-        """One tensor's nodes."""
+        """Append the nodes of one tensor's update; what is replaced -> its new value."""
         raise PockError(f"the optimizer {type(self).__name__} has no update.")
 
     def _clipped(self, builder: GraphBuilder, gradients: Mapping[str, str]) -> Mapping[str, str]:
@@ -124,7 +124,7 @@ class Optimizer:
         return {t: _Maths(builder, t)("multiply", g, factors[t]) for t, g in gradients.items()}
 
     def options(self) -> dict[str, Any]:
-        """Every option by name."""
+        """Every option by name, `lr` among them."""
         return dict(vars(self))
 
     def __str__(self) -> str:

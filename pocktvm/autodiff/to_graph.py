@@ -53,7 +53,7 @@ class GraphBuilder:
         return unique
 
     def input(self, name: str, shape: Sequence[int], dtype: str) -> str:
-        """A run-time input."""
+        """Declare a tensor that the caller gives at every step."""
         self.inputs.append(self.define(name, shape, dtype))
         return name
 

@@ -36,7 +36,7 @@ _MAX_LINES = 25
 
 
 class Commands(typer.core.TyperGroup):
-    """Turns exceptions into exit codes, for the process and for tests alike."""
+    """The group of commands: turns exceptions into exit codes, for the process and for tests."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; see the module's docstring for the codes."""

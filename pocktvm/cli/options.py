@@ -12,12 +12,12 @@ from pocktvm.units import parse_bytes, parse_seconds
 
 
 def size(text: str) -> int:
-    """`64MB`, `64MiB` -> bytes."""
+    """Bytes of `64MB` (10**6) or `64MiB` (2**20)."""
     return refuse(parse_bytes, text)
 
 
 def seconds(text: str) -> float:
-    """`1s`, `500ms` -> seconds."""
+    """Seconds of `1s` or `500ms`."""
     return refuse(parse_seconds, text)
 
 

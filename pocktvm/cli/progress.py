@@ -8,7 +8,9 @@ from typing import Any
 
 
 class Progress:
-    """`with Progress() as bar: bar("compile kernels", "blocks.3.dw")`."""
+    """A bar that is called as (stage, detail), and gone at the end of its `with`:
+    `with Progress() as bar: bar("compile kernels", "blocks.3.dw")`.
+    """
 
     def __init__(self) -> None:
         self._bar: Any = None

@@ -101,7 +101,7 @@ def _folders_of(arguments: Sequence[str | Path]) -> list[Path]:
 
 
 def target_flags(toolchain: Toolchain) -> list[str]:
-    """What selects the device."""
+    """zig's flags that select the device: triple, CPU, and what its TOML adds."""
     cpu = [f"-mcpu={toolchain.zig_cpu}"] if toolchain.zig_cpu else []
     # our own loader sets up no thread-local storage
     loader = ["-DPOCKTVM_NO_TLS"] if toolchain.own_loader else []

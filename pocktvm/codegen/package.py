@@ -20,7 +20,9 @@ from pocktvm.manifest import MANIFEST
 
 
 def initial_state(kernels: Kernels, identity: Identity) -> dict[str, np.ndarray]:
-    """weights.safetensors: torch's parameters, and trained tensors torch does not know (LoRA's)."""
+    """What weights.safetensors holds: torch's parameters, and trained tensors that torch does not
+    know (LoRA's), by name, in torch's layout.
+    """
     state = {name: np.asarray(value) for name, value in identity.state.items()}
     for param in kernels.params.values():
         if param.kind == "trained" and param.name not in state:
@@ -31,7 +33,7 @@ def initial_state(kernels: Kernels, identity: Identity) -> dict[str, np.ndarray]
 def write_manifest(
     folder: Path, kernels: Kernels, plan: MemoryPlan, identity: Identity, target: Target
 ) -> None:
-    """manifest.json, last: it holds the hash of every other file."""
+    """Write manifest.json, after all other files: it holds their hashes."""
     facts: dict[str, Any] = {
         **identity.extra,
         "format": 1,

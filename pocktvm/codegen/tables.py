@@ -12,7 +12,7 @@ _DLTYPES = {
 
 
 def text(value: str) -> str:
-    """A C string literal, or NULL's stand-in for an empty one."""
+    """A C string literal; bytes outside of plain ASCII are written in octal."""
     out = []
     for byte in value.encode():
         char = chr(byte)
@@ -22,7 +22,7 @@ def text(value: str) -> str:
 
 
 def number(value: float) -> str:
-    """A double, exactly."""
+    """A C double, exactly: in hexadecimal."""
     return float(value).hex()
 
 
@@ -33,7 +33,7 @@ def dltype(dtype: str) -> str:
 
 
 def struct(fields: Mapping[str, object]) -> str:
-    """A designated initialiser."""
+    """A C initialiser that names its fields."""
     return "{" + ", ".join(f".{name} = {value}" for name, value in fields.items()) + "}"
 
 

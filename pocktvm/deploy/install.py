@@ -34,7 +34,7 @@ class Package:
 
     @property
     def version(self) -> str:
-        """Names the content: the same artifact is the same version."""
+        """A name for the content, 16 hexadecimal digits: the same artifact is the same version."""
         return self.hashes[MANIFEST][:16]
 
     @property
@@ -45,7 +45,13 @@ class Package:
 
 @dataclass(frozen=True)
 class Installed:
-    """How it went."""
+    """What an installation did.
+
+    version         the one the device now uses
+    previous        the one that a rollback would go back to; empty: none
+    uploaded_bytes  sent over ssh; files that the device had are not
+    self_test       what the artifact's self-test said there: `loss_error`, `output_error`
+    """
 
     version: str
     previous: str
@@ -69,7 +75,7 @@ def pack(artifact: Path, manifest: Mapping[str, Any], data: Path | None = None) 
 
 
 def default_folder(manifest: Mapping[str, Any]) -> str:
-    """Under the home folder of the device's user."""
+    """The model's folder on a device, under the home of the user there."""
     name = re.sub(r"[^A-Za-z0-9._-]", "_", str(manifest["model"])).strip(".-") or "model"
     return f".local/share/pocktvm/{name}"
 
@@ -211,7 +217,7 @@ class _Counted:
         self._count = count
 
     def read(self, nbytes: int = -1) -> bytes:
-        """As a file's."""
+        """At most `nbytes` of the file, counted."""
         piece = self._file.read(nbytes)
         self._count(len(piece))
         return piece

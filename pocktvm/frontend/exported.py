@@ -196,7 +196,7 @@ def _stored_tensors(program: ExportedProgram) -> dict[fx.Node, torch.Tensor]:
 
 
 def graph_placeholders(program: ExportedProgram) -> list[fx.Node]:
-    """All placeholders."""
+    """The placeholders of the exported graph, in the order of its signature."""
     return [node for node in program.graph.nodes if node.op == "placeholder"]
 
 

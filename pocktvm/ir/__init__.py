@@ -1,0 +1,1 @@
+"""The nouns of the compiler: frozen dataclasses, which import no other room."""

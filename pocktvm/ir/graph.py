@@ -53,7 +53,7 @@ class Value:
 
     @property
     def nbytes(self) -> int:
-        """Bytes, unpadded."""
+        """Bytes of its elements, without padding."""
         return self.size * ITEMSIZE[self.dtype]
 
     def __str__(self) -> str:

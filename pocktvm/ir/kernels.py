@@ -67,12 +67,12 @@ class Call:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Buffers read."""
+        """Names of the buffers it reads."""
         return self.args[: self.n_inputs]
 
     @property
     def writes(self) -> tuple[str, ...]:
-        """Buffers written, workspaces included."""
+        """Names of the buffers it writes, workspaces included."""
         return self.args[self.n_inputs :]
 
 

@@ -27,7 +27,7 @@ class Slot:
 
     @property
     def count(self) -> int:
-        """Numbers."""
+        """How many factors the tensor has."""
         return int(np.prod(self.shape, dtype=np.int64))
 
 
@@ -57,7 +57,7 @@ class Rates:
 
     @property
     def input(self) -> Input:
-        """What the step reads."""
+        """The step's input that holds all factors."""
         return Input(RATES, (self.size,), "float32")
 
     def vector(self, updated: Mapping[str, float]) -> np.ndarray:

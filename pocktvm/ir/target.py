@@ -47,7 +47,15 @@ class Toolchain:
 
 @dataclass(frozen=True)
 class Target:
-    """One device. `checked`: run | emulated | simulated | inspected."""
+    """One device.
+
+    tvm                TVM's target, as JSON fields: kind, mcpu, …
+    memory_bytes       what a model may take; `--budget` lowers it
+    fast_memory_bytes  on-chip memory that the caller of the library gives (0: none)
+    emulator           prefix of commands for it; empty: they run natively
+    checked            how its artifacts are checked: run | emulated | simulated | inspected
+    sources            fact -> where its number comes from
+    """
 
     name: str
     description: str

@@ -56,12 +56,12 @@ class Block:
 
     @property
     def start(self) -> int:
-        """First call."""
+        """The call that writes its first range."""
         return self.ranges[0].start
 
     @property
     def end(self) -> int:
-        """Last call."""
+        """The last call that needs its last range."""
         return self.ranges[-1].end
 
     def at(self, call: int) -> Range:

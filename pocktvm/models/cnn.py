@@ -32,7 +32,7 @@ class CNN(nn.Module):
         self.fc = nn.Linear(widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (N, 3, H, W) to logits (N, classes)."""
+        """Images (N, inputs, H, W) to logits (N, classes)."""
         for block in self.blocks:
             x = self.pool(block(x))
         return self.fc(x.mean((2, 3)))

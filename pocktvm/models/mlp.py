@@ -14,7 +14,7 @@ OPTIONS = {"inputs": 64, "hidden": 128, "depth": 3, "classes": 10, "seed": 0}
 
 
 class Layer(nn.Module):
-    """Linear and ReLU."""
+    """A linear layer and ReLU: one block of the perceptron."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

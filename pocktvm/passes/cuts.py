@@ -81,7 +81,7 @@ def _range(indices: Sequence[int]) -> Range | None:
 
 
 def cut_shape(cut: Cut, shape: Shape) -> Shape:
-    """The shape that remains."""
+    """The shape that remains of `shape` behind a cut."""
     return tuple(n if c is None else len(kept(c, n)) for c, n in zip(cut, shape, strict=True))
 
 

@@ -59,7 +59,7 @@ class Editor:
             self.producer[name] = node
 
     def fresh(self, hint: str) -> str:
-        """A name nobody has."""
+        """`hint`, or `hint.2` and so on where that is taken; taken from now on."""
         name, count = hint, 1
         while name in self._taken:
             count += 1

@@ -102,7 +102,7 @@ class ScaleEditor(Editor):
         return self.emit("multiply", (weight, vector), out, layer)
 
     def view(self, name: str, shape: tuple[int, ...], layer: str) -> str:
-        """`name` reshaped."""
+        """`name` in another shape: a view, or a constant of its own."""
         value = self.values[name]
         if tuple(value.shape) == shape:
             return name

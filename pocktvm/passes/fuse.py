@@ -72,7 +72,7 @@ def fuse(graph: Graph) -> Graph:
 
 
 class Fuser:
-    """Greedy, in execution order."""
+    """Puts nodes into groups, greedily, in execution order."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph

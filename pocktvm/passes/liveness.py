@@ -46,7 +46,7 @@ class Lifetimes:
                 found.append(len(nodes))
 
     def size(self, name: str) -> int:
-        """Bytes, rounded up."""
+        """Bytes of a value, rounded up to the arena's alignment."""
         return max(ALIGN, -(-self.values[name].nbytes // ALIGN) * ALIGN)
 
     def last(self, name: str) -> int:
@@ -55,7 +55,7 @@ class Lifetimes:
         return touched[-1] if touched else max(self.first[name], 0)
 
     def live(self) -> np.ndarray:
-        """Bytes at each position."""
+        """Bytes alive at each node, in place where that is allowed."""
         change = np.zeros(len(self.nodes) + 2, np.int64)
         for name, start in self.first.items():
             size = self.size(name)

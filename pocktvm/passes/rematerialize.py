@@ -147,7 +147,7 @@ class _State:
 
     @cached_property
     def live(self) -> np.ndarray:
-        """Bytes at each position."""
+        """Bytes alive at each node."""
         return self.life.live()
 
     def graph(self) -> Graph:

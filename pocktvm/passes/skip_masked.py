@@ -42,7 +42,7 @@ class _Marker:
         self.zero: set[str] = set()
 
     def run(self) -> Graph:
-        """Find, then rebuild."""
+        """Find what may skip the masked half, then rebuild the graph with it marked."""
         for node in self.graph.nodes:
             self._visit(node)
         for node in self.graph.nodes:

@@ -34,7 +34,7 @@ class Slicer(Editor):
         return tuple(self.values[name].shape)
 
     def sliced(self, name: str, cut: Cut, layer: str = "") -> str:
-        """`name` cut."""
+        """`name` behind a cut: itself where that is whole; cut once, whoever asks."""
         if is_whole(cut):
             return name
         maker = self.producer.get(name)

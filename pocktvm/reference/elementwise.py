@@ -69,7 +69,7 @@ BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @reference(*UNARY)
 def unary(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
-    """One operand, no attributes."""
+    """An operator of one operand, without attributes."""
     return UNARY[node.op](args[0])
 
 
@@ -112,7 +112,7 @@ def pack_u8(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor
 
 @reference("unpack_u8")
 def unpack_u8(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
-    """float32 from a step."""
+    """float32 of a step between 0 and `top`: the inverse of pack_u8."""
     return args[0].to(torch.float32) * (node.attrs["top"] / 255.0)
 
 
@@ -193,7 +193,7 @@ def with_attributes(op: str, node: Node) -> Callable[[Tensor], Tensor]:
 
 @reference("clip", "leakyrelu", "elu", "softplus")
 def parametric(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
-    """One operand and attributes."""
+    """An operator of one operand, with attributes."""
     return with_attributes(node.op, node)(args[0])
 
 

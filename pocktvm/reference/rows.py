@@ -13,7 +13,7 @@ from pocktvm.reference.registry import Tensor, gradient_of, reference
 
 @reference("softmax", "log_softmax")
 def softmax(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
-    """Along `axis`."""
+    """softmax along `axis`."""
     function = torch.softmax if node.op == "softmax" else torch.log_softmax
     x = args[0]
     if node.attrs.get("causal"):
@@ -72,7 +72,7 @@ def layer_norm_grad(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -
 
 @reference("rms_norm")
 def rms_norm(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> tuple[Tensor, ...]:
-    """y, rstd."""
+    """(y, rstd): x over its root mean square, times g."""
     x, g = args
     axes = _axes(node, x.ndim)
     rstd = torch.rsqrt(x.square().mean(axes, keepdim=True) + node.attrs.get("eps", 1e-6))

@@ -13,7 +13,7 @@ from pocktvm.reference.registry import Tensor, reference
 
 @reference("reshape")
 def reshape(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
-    """To the declared shape."""
+    """x in the declared shape."""
     return args[0].reshape(outs[0].shape)
 
 
@@ -26,13 +26,13 @@ def permute_dims(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> T
 
 @reference("broadcast_to")
 def broadcast_to(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
-    """To the declared shape."""
+    """x repeated to the declared shape."""
     return args[0].expand(outs[0].shape)
 
 
 @reference("concat")
 def concat(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
-    """Along `axis`."""
+    """Operands one after another along `axis`."""
     return torch.cat(tuple(args), dim=node.attrs.get("axis", 0))
 
 
@@ -53,7 +53,7 @@ def strided_slice(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> 
 
 @reference("strided_slice_grad")
 def strided_slice_grad(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
-    """dy placed into zeros."""
+    """dy where the slice was, zeros elsewhere."""
     dx = torch.zeros(outs[0].shape, dtype=args[0].dtype)
     dx[_picked(node, dx.shape)] = args[0]
     return dx

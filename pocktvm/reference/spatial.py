@@ -58,7 +58,7 @@ def _resize(node: Node, size: Sequence[int]) -> Callable[[Tensor], Tensor]:
 
 @reference("max_pool2d", "avg_pool2d", "resize2d")
 def forward(node: Node, args: Sequence[Tensor], outs: Sequence[Value]) -> Tensor:
-    """The forward operators."""
+    """Pooling and resizing, forward."""
     layout = node.attrs.get("layout", "NCHW")
     x = to_nchw(args[0], layout)
     if node.op == "resize2d":

@@ -1,0 +1,1 @@
+"""What runs on the device (`c/`, shipped inside every artifact), and what drives it from Python."""

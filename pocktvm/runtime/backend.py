@@ -122,7 +122,7 @@ class _Plan(ctypes.Structure):
 
 
 class InProcess:
-    """The library through ctypes."""
+    """The library in this process, called through ctypes."""
 
     def __init__(self, library: Path, threads: int, seed: int = 0) -> None:
         try:
@@ -326,7 +326,7 @@ class Piped:
         return json.loads(self._ask("info"))
 
     def close(self) -> None:
-        """End the child."""
+        """End the child and wait for it."""
         for pipe in (self._child.stdin, self._child.stdout):
             if pipe is not None:
                 try:

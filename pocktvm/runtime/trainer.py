@@ -44,8 +44,10 @@ class Plan:
 
 
 def load(path: str | Path, threads: int | None = None, seed: int = 0) -> Trainer:
-    """Open an artifact folder. `threads`: None takes every core the artifact was built for; `seed`
-    is that of dropout's masks (a checkpoint that is loaded brings its own).
+    """Open an artifact folder.
+
+    threads  None: as many as the artifact was built for, at most the cores that are online
+    seed     of dropout's masks, 0 to 2**63 - 1; a checkpoint that is loaded brings its own
 
     PockError: no artifact, damaged files, another machine's artifact without its emulator.
     """
@@ -110,7 +112,11 @@ class Trainer:
         return self._live().step(self._batch(arrays, self.inputs, "step"), rate)
 
     def predict(self, *arrays: Any) -> np.ndarray:
-        """The model's output on one batch, with the weights as they are now."""
+        """The model's output on one batch, float32, with the weights as they are now.
+
+        Takes what `step` takes, without labels: a whole batch of the shapes in `inputs`. PockError:
+        wrong number, shape or dtype, NaN, an id out of range.
+        """
         return self._live().predict(self._batch(arrays, self._x, "predict"), self._output_shape)
 
     def state_dict(self, merged: bool = True) -> dict[str, np.ndarray]:
@@ -141,7 +147,7 @@ class Trainer:
         return {n: a for n, a in self.state_dict(merged=False).items() if n in names}
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
-        """The optimizer's tensors, as `<state>/<parameter>`."""
+        """The optimizer's tensors as `<state>/<parameter>`, shaped like what learns of it."""
         tensors = self._manifest["tensors"].items()
         states = {n: tuple(t["shape"]) for n, t in tensors if t["kind"] == "optimizer"}
         return {name: self._live().get(name, shape) for name, shape in states.items()}
@@ -177,8 +183,11 @@ class Trainer:
             backend.select(name, indices)
 
     def resample(self, seed: int) -> None:
-        """`select` as many random channels of every such tensor; they follow from the seed alone.
-        A checkpoint holds what was chosen."""
+        """`select` as many random channels of every such tensor; they follow from the seed alone
+        (0 to 2**63 - 1). A checkpoint holds what was chosen.
+
+        PockError: the seed, or an artifact that was not built with `resample`.
+        """
         if not 0 <= int(seed) < 2**63:
             raise PockError(f"seed = {seed}; give an integer from 0 to 2**63 - 1")
         self._live().resample(int(seed))
@@ -208,7 +217,7 @@ class Trainer:
 
     @property
     def loss(self) -> str:
-        """The loss it was built with."""
+        """The loss it was built with, as text with its options."""
         return str(self._manifest["loss"])
 
     @property

@@ -21,7 +21,7 @@ Expr = Any
 
 
 def row_bytes(channels: int, group: int) -> int:
-    """Bytes of a row."""
+    """Bytes of a row of masks: one for every `group` channels, the last perhaps in part."""
     return -(-channels // group)
 
 

@@ -42,7 +42,7 @@ def quantize(x: Expr, width: int) -> tuple[Expr, Expr]:
 
 
 def restore(codes: Expr, exponent: Expr, width: int) -> Expr:
-    """float32 from a block."""
+    """float32 values of a block: its codes times the power of two that `exponent` stands for."""
     return floats(codes, width) * splat(_power(exponent - BITS), width)
 
 
@@ -53,7 +53,7 @@ def rounded(x: Expr, dtype: str, width: int) -> Expr:
 
 
 def floats(codes: Expr, width: int) -> Expr:
-    """Bytes as floats."""
+    """int8 codes as a float32 vector, not scaled yet."""
     return tirx.Cast(_lanes("float32", width), tirx.Cast(_lanes("int32", width), codes))
 
 
@@ -65,7 +65,7 @@ def write(buffer: Any, row: Expr, column: Expr, channels: int, group: int, expon
 
 
 def read(buffer: Any, row: Expr, column: Expr, channels: int, group: int, width: int) -> Expr:
-    """A block's exponent."""
+    """The exponent (int32) of the block that holds these channels."""
     at = _index(row, column, channels, group, width)
     return T.bind(tirx.Cast("int32", load(buffer, at, 1)))
 

@@ -118,7 +118,7 @@ class _Row:
 
     @property
     def grads(self) -> Grads:
-        """What is computed."""
+        """Names and shapes of what is computed."""
         return self.plan.grads
 
     def emit(self) -> None:
@@ -194,7 +194,7 @@ class _Tile:
         return r * self.width + start
 
     def pixel(self, r: int, start: int) -> Position:
-        """A pixel of dx."""
+        """Where pixel `r` of the tile lies in dx, from channel `start` of its vectors on."""
         lanes = next(w for s, w in self.vectors if s == start)
         return Position(self.grads.dx_shape, self.first + r, self.c + start, lanes)
 

@@ -53,7 +53,7 @@ class Grads:
 
     @property
     def slots(self) -> int:
-        """Sums a channel."""
+        """Sums that every channel has: its taps', and those of dy and z where asked for."""
         return self.taps + bool(self.dy_sum) + bool(self.z_sum)
 
     @property
@@ -121,7 +121,7 @@ class Plan:
 
     @cached_property
     def bands(self) -> int:
-        """Tasks."""
+        """Bands of rows: one task each, one a core where threads are worth it."""
         parallel = worth_threads(self.isa, 2 * self.grads.macs)
         return min(self.isa.cores, self.lines) if parallel else 1
 

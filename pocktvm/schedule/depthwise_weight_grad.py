@@ -69,7 +69,7 @@ class Plan:
 
     @cached_property
     def parts(self) -> int:
-        """Tasks."""
+        """Parts of the channels: one task each."""
         return -(-self.grad.dw_shape[3] // self.part)
 
     @cached_property
@@ -192,7 +192,7 @@ class _Part:
         self, n: Expr, y: Expr, taps: Sequence[int], c: Expr, vectors: Vectors,
         runs: Sequence[Run], acc: Any, slots: dict[int, int],
     ) -> None:  # fmt: skip
-        """One row of dy."""
+        """Add the products of one row of dy with its taps' rows of x."""
         for run in runs:
             if run.count == 1:
                 self.pixels(n, y, tirx.const(run.start, "int32"), taps, c, vectors, run, acc, slots)

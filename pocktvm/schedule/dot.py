@@ -87,7 +87,7 @@ class Dot:
             self.one(x + u, w + u * self.stride, chosen)
 
     def one(self, x: Expr, w: Expr, chosen: Sequence[int]) -> None:
-        """One value of k."""
+        """Multiply and add at one value of k."""
         for i in chosen:
             value = emit.load(self.source, x + self.rows[i], 1)
             self.fma(i, w, lambda lanes, value=value: emit.splat(value, lanes))  # type: ignore[misc]

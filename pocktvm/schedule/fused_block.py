@@ -72,7 +72,7 @@ class Block:
 
     @property
     def isa(self) -> Isa:
-        """The target's facts."""
+        """Facts of the target's instruction set."""
         return self.task.target.isa
 
     @property
@@ -110,13 +110,13 @@ class Block:
 
     @cached_property
     def scratch(self) -> int:
-        """Elements of a worker: the ring, and a row of the depthwise result."""
+        """float32 values that a worker keeps: the ring, and a row of the depthwise result."""
         _, _, width, channels = self.conv.result_shape
         return (self.ring * self.ring_row if self.expand else 0) + width * channels
 
     @cached_property
     def parts(self) -> int:
-        """Parts of an image."""
+        """Bands of rows that an image is cut into, for as many tasks as cores."""
         images, rows = self.conv.result_shape[:2]
         if not worth_threads(self.isa, self.flops) or images >= 4 * self.isa.cores:
             return 1
@@ -136,7 +136,7 @@ class Block:
         return min(self.isa.cores, self.conv.result_shape[0] * self.parts)
 
     def emit(self, ctx: Context) -> None:
-        """The whole loop nest."""
+        """Write the whole loop nest: images, parts of them, rows."""
         images, height = self.conv.result_shape[:2]
         parts = ceil_div(height, self.part_rows)
         for worker, (n, part) in workers((images, parts), self.workers):

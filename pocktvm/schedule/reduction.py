@@ -30,8 +30,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class Reduction:
-    """prologue, epilogue: elementwise nodes; inner: the task with the prologue's types reshaped to
-    `axes`; outer: with the epilogue's types flattened where it may be."""
+    """A reduction taken apart.
+
+    node      the reduction itself
+    axes      its loops: neighbouring axes of the input merged, perhaps one cut into parts
+    prologue  the elementwise nodes before it
+    inner     the task with the prologue's types reshaped to `axes`
+    outer     the task with the epilogue's types flattened where that may be
+    """
 
     node: Node
     axes: tuple[Axis, ...]
@@ -46,7 +52,7 @@ class Reduction:
 
     @property
     def count(self) -> int:
-        """Elements reduced into one."""
+        """How many elements are reduced into one."""
         return math.prod(a.extent for a in self.axes if a.reduced or a.part)
 
     @property

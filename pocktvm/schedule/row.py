@@ -69,7 +69,7 @@ def row_max(ctx: Context, buffer: Any, base: Expr, extent: int) -> Expr:
 
 
 def row_sum_exp(ctx: Context, buffer: Any, base: Expr, extent: int, top: Expr) -> Expr:
-    """sum_i e**(x_i - top)."""
+    """sum_i e**(x_i - top) over a row."""
     return reduce_row(
         ctx, extent, lambda i, w: vm.exp(load(buffer, base + i, w) - splat(top, w), w), add, 0.0
     )

@@ -138,7 +138,7 @@ class Knob:
 
 
 class Rule(Protocol):
-    """One kernel family."""
+    """One kernel family: takes a task or says why not, names its knobs, writes the loop nest."""
 
     name: str
 

@@ -65,7 +65,7 @@ class Box:
 
 
 def copy_box(box: Box, source: Any, target: Any, dtype: str, isa: Isa) -> None:
-    """Emit the copy."""
+    """Write the loops that copy a box, the way its strides are walked fastest."""
     if math.prod(box.extents) == 0:
         return
     box = box.merged()

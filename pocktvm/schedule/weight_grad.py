@@ -104,7 +104,7 @@ class Blocks:
 
     @classmethod
     def of(cls, grad: WeightGrad, pixels: int) -> Blocks:
-        """Blocks of about `pixels`."""
+        """A cut into blocks of about `pixels` pixels: whole images, or rows of one."""
         n, oh, ow, _ = grad.dy_shape
         if oh * ow <= pixels:
             images = max(d for d in range(1, max(1, pixels // (oh * ow)) + 1) if n % d == 0)
@@ -129,7 +129,7 @@ class Plan:
 
     @cached_property
     def extents(self) -> tuple[int, int, int, int]:
-        """Groups, panels, chunks, taps."""
+        """How many groups, panels, chunks and taps the tasks are made of."""
         kh, kw, depth, _ = self.grad.dw_shape
         panels = -(-self.grad.width // self.tile.nr)
         return self.grad.groups, panels, -(-depth // self.chunk), kh * kw

@@ -86,7 +86,7 @@ class Winograd:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the transformed weights."""
+        """Bytes of the transformed weights."""
         return 4 * self.t**2 * self.depth * self.width
 
     @cached_property
@@ -117,7 +117,7 @@ class Winograd:
 
     @cached_property
     def block(self) -> int:
-        """Tiles of a block."""
+        """How many tiles are transformed and multiplied together."""
         rows, _ = self.register_tile
         wish = -(-12 // rows) * rows if self.own else SHARED_TILES
         return -(-self.tiles // -(-self.tiles // wish))
@@ -129,7 +129,7 @@ class Winograd:
 
     @property
     def workers(self) -> int:
-        """Scratch areas."""
+        """Scratch areas: blocks that may be worked on at once."""
         return min(self.isa.cores, self.blocks) if self.own and self.parallel else 1
 
     @property
@@ -146,7 +146,7 @@ class Winograd:
 
     @property
     def patches(self) -> Patches:
-        """The input tiles."""
+        """The overlapping input tiles."""
         return Patches(self.source, self.source_shape, self.t, self.m, self.across, self.top,
                        self.left)  # fmt: skip
 

@@ -35,7 +35,7 @@ class WeightTransform:
 
     @property
     def depth(self) -> int:
-        """The axis summed over."""
+        """Extent of the axis that the products sum over."""
         return self.shape[3] if self.swap else self.shape[2]
 
     @property
@@ -44,7 +44,7 @@ class WeightTransform:
         return self.shape[2] if self.swap else self.shape[3]
 
     def emit(self, parallel: bool) -> None:
-        """All planes."""
+        """Write the transform of all weights, into all planes."""
         extents = (ceil_div(self.depth, ROWS), ceil_div(self.width, self.nr))
         for block, panel in grid(extents, parallel):
             for column, width in tile_at(panel, self.width, self.nr):

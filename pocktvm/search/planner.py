@@ -30,7 +30,7 @@ Progress = Callable[[str, str], None]
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one choice: bytes of the whole plan and of its arena, roofline seconds of a step."""
+    """What one choice costs: bytes of plan and arena, roofline seconds of a step (`work`)."""
 
     total_bytes: int
     arena_bytes: int

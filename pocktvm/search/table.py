@@ -35,7 +35,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, float]:
-        """What was tried."""
+        """What was tried, as `Candidates.keys` has it."""
         return self.kind, self.name, self.share
 
 
@@ -48,7 +48,7 @@ class Table:
 
     @classmethod
     def read(cls, path: Path) -> Table:
-        """PockError: there is none, or it is not an analysis."""
+        """The table of a file. PockError: there is none, or it is not an analysis."""
         if not path.is_file():
             raise PockError(f"no analysis at {path}; `pocktvm scheme MODEL --data F` makes one.")
         lines = path.read_bytes().split(b"\n")

@@ -29,7 +29,7 @@ class Candidate:
 
     @property
     def description(self) -> Path:
-        """JSON: arguments, how many are inputs and outputs, packs."""
+        """Path of its JSON: arguments, how many are inputs and outputs, packs."""
         return self.folder / "candidate.json"
 
 

@@ -33,7 +33,7 @@ class Counts:
         return Counts(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def as_dict(self) -> dict[str, int]:
-        """By name."""
+        """The counts by their field's name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 

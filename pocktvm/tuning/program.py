@@ -36,7 +36,7 @@ def link_program(candidate: Candidate, toolchain: Toolchain) -> Path:
 
 
 def header(facts: dict[str, Any]) -> str:
-    """candidate.h: the kernel's name and its arguments."""
+    """The text of candidate.h: the kernel's name and its arguments."""
     shapes, rows = Shapes("candidate_shapes"), []
     for shape, dtype in facts["args"]:
         size = math.prod(shape) * np.dtype(dtype).itemsize

@@ -51,7 +51,7 @@ class EmulatedRunner(ProgramRunner):
             raise PockError(f"--runner emulated: {reason}.") from None
 
     def run_program(self, program: Path, inputs: bytes) -> tuple[float | None, bytes]:
-        """The second call's counts, weighed."""
+        """(modelled seconds of the second call, what the program wrote)."""
         try:
             marks, written = count_between_clock_calls(
                 self._emulator, self._plugin, [str(program), "1", "once"],

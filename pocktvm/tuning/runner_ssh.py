@@ -31,7 +31,7 @@ class SshRunner(ProgramRunner):
         check_device(device, target)
 
     def run_program(self, program: Path, inputs: bytes) -> tuple[float | None, bytes]:
-        """Send, run, fetch."""
+        """Send the program, run it there, fetch what it wrote; its own clock is believed."""
         received: list[bytes] = []
 
         def keep(name: str, size: int, digest: str, pipe: IO[bytes]) -> None:

@@ -46,7 +46,7 @@ class Journal:
                 self.seconds[point["knobs"]] = point["seconds"]
 
     def add(self, knobs: str, seconds: float) -> None:
-        """Append one point."""
+        """Append a measured point to the file."""
         self.seconds[knobs] = seconds
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
@@ -92,7 +92,7 @@ class Measured:
 
 
 def space_size(knobs: Mapping[str, Knob]) -> int:
-    """Number of points."""
+    """How many points the knobs span."""
     size = 1
     for knob in knobs.values():
         size *= len(knob.options)

@@ -32,7 +32,11 @@ class Worker:
         self._expected: list[np.ndarray] | None = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """One request's answer."""
+        """Answer one request; times are seconds a call.
+
+        `reset` forgets the expected outputs, `time` (a folder) checks and times a candidate,
+        `compare` (two folders) times two by turns.
+        """
         if "reset" in request:
             self._expected = None
             return {}

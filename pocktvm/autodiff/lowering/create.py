@@ -44,7 +44,7 @@ def _cast(value: Expr, call: Any) -> Expr:
 
 @lower("relax.arange")
 def arange(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
-    """Known bounds only."""
+    """range(start, end, step) as a constant: its bounds are known at build time."""
     start, end, step = (plain(a) for a in call.args[:3])
     return constant(np.arange(start, end, step), _dtype(call))
 

@@ -30,13 +30,13 @@ _LARGEST = 3.4028234e38
 
 @lower(*SAME)
 def unary(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
-    """One operand, no attributes."""
+    """An operator of one operand whose name is ours too, without attributes."""
     return e.unary(SAME[call.op.name], args[0])
 
 
 @lower(*TWO)
 def binary(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
-    """Two operands."""
+    """An operator of two operands; an integer beside a float becomes one."""
     return e.binary(TWO[call.op.name], *_same_dtype(args, e))
 
 

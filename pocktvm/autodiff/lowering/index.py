@@ -23,7 +23,7 @@ def take(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
 
 @lower("relax.gather_elements")
 def gather_elements(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
-    """torch.gather."""
+    """torch.gather: along one axis, element i of x where the indices say i."""
     x, indices = args
     axis = int(call.attrs.axis) % len(shape_of(x))
     return e.op("gather_elements", x, indices, shape=shape_of(call), dtype=dtype_of(x), axis=axis)

@@ -31,7 +31,7 @@ def variance(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
 
 @lower("relax.nn.softmax", "relax.nn.log_softmax")
 def softmax(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
-    """Along one axis."""
+    """softmax or log_softmax along one axis."""
     axis = int(call.attrs.axis) % len(shape_of(args[0]))
     return e.unary(call.op.name.removeprefix("relax.nn."), args[0], axis=axis)
 

@@ -104,7 +104,7 @@ def slice_scatter(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
 
 @lower("relax.flip")
 def flip(call: Any, args: Sequence[Expr], e: Emitter) -> Expr:
-    """Reversed along an axis."""
+    """x in reverse along an axis: a lookup of constant indices."""
     return _flip(args[0], int(call.attrs.axis) % len(shape_of(args[0])), e)
 
 

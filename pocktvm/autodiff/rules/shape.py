@@ -18,7 +18,7 @@ def reshape_grad(call: Any, out: Expr, dout: Expr, e: Emitter) -> Sequence[Any]:
 
 @gradient("permute_dims")
 def permute_dims_grad(call: Any, out: Expr, dout: Expr, e: Emitter) -> Sequence[Any]:
-    """The inverse permutation."""
+    """dout with its axes put back: the inverse permutation."""
     axes = attrs_of(call)["axes"]
     inverse = sorted(range(len(axes)), key=axes.__getitem__)
     return [e.permute(dout, inverse)]
@@ -50,7 +50,7 @@ def strided_slice_grad(call: Any, out: Expr, dout: Expr, e: Emitter) -> Sequence
 
 @gradient("strided_slice_grad")
 def strided_slice_grad_grad(call: Any, out: Expr, dout: Expr, e: Emitter) -> Sequence[Any]:
-    """The slice of dout."""
+    """The gradient of a slice's gradient: the same slice of dout."""
     attrs = attrs_of(call)
     return [e.slice(dout, attrs["begin"], attrs["end"], attrs["strides"])]
 

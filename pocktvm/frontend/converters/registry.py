@@ -41,12 +41,12 @@ def dtype_of(expr: Any) -> str:
 
 
 def const(value: Any, dtype: str) -> Any:
-    """A Relax constant."""
+    """A Relax constant of this dtype."""
     return relax.const(np.asarray(value, dtype), dtype)
 
 
 def dropped(importer: Any, x: Any, p: float) -> Any:
-    """Relax's dropout of x."""
+    """x behind Relax's dropout, whose mask nobody reads."""
     pair = importer.block_builder.emit(relax.op.nn.dropout(x, p))
     return importer.block_builder.emit(relax.TupleGetItem(pair, 0))
 

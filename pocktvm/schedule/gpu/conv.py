@@ -55,7 +55,7 @@ class Geometry:
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """Of the input gradient: rows and columns of x with the taps that reach them."""
+        """Phases of the input gradient: rows and columns of x with the taps that reach them."""
         rows, columns = self.window.gradient(self.x[1:3], self.y[1:3], self.w[:2])
         return tuple((r, c) for r in rows for c in columns)
 

@@ -74,7 +74,7 @@ class CrossEntropy(GpuRule):
     name = "cross_entropy"
 
     def decline(self, task: Task) -> str | None:
-        """Single nodes only."""
+        """Declines groups and every other operator, as the CPU's rule."""
         return CpuCrossEntropy().decline(task)
 
     def emit(self, task: Task, knobs: Any) -> Emitted:
@@ -106,7 +106,7 @@ class CrossEntropyGrad(GpuRule):
     name = "cross_entropy_grad"
 
     def decline(self, task: Task) -> str | None:
-        """Single nodes only."""
+        """Declines groups and every other operator, as the CPU's rule."""
         return CpuCrossEntropyGrad().decline(task)
 
     def emit(self, task: Task, knobs: Any) -> Emitted:

@@ -24,7 +24,7 @@ Expr = Any
 
 
 def larger(a: Expr, b: Expr) -> Expr:
-    """max(a, b)."""
+    """max(a, b), as `fold` combines two values."""
     return tirx.Max(a, b)
 
 

@@ -45,16 +45,20 @@ class Fold:
 
     @property
     def part_depth(self) -> int:
-        """Values of a part."""
+        """Values that one part folds."""
         return ceil_div(self.depth, self.parts)
 
     def workspaces(self, dtype: str) -> tuple[tuple[int, str], ...]:
-        """Results of every part."""
+        """(elements, dtype) of the parts' results; none where there is one part."""
         return ((self.parts * self.outputs, dtype),) if self.parts > 1 else ()
 
 
 def plan_fold(isa: Isa, outputs: int, depth: int, along_depth: bool) -> Fold:
-    """`along_depth`: neighbours in memory belong to one output."""
+    """Threads and parts for `outputs` folds of `depth` values each.
+
+    `along_depth`: neighbours in memory belong to one output, so that neighbouring threads share it;
+    otherwise they take neighbouring outputs.
+    """
     if along_depth:
         slices = power_of_two(ceil_div(depth, 4), 1, BLOCK)
         outs = BLOCK // slices

@@ -46,7 +46,7 @@ def barrier() -> None:
 
 
 def shared(size: int, dtype: str = "float32") -> Any:
-    """Memory of the block."""
+    """A buffer of `size` elements that the threads of a block share."""
     return T.alloc_buffer((size,), dtype, scope="shared")
 
 

@@ -46,7 +46,7 @@ class Move:
 
     @property
     def dtype(self) -> str:
-        """Of the result."""
+        """The result's dtype."""
         return self.ctx.task.values[self.ctx.task.node.outputs[0]].dtype
 
     def load(self, index: Expr, number: int = 0) -> Expr:

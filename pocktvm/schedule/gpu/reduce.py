@@ -29,7 +29,7 @@ class Reduce(GpuRule):
     name = "reduce"
 
     def decline(self, task: Task) -> str | None:
-        """As on a CPU: other anchors, other types, empty tensors."""
+        """Declines what the CPU's rule does: other anchors, other types, empty tensors."""
         return CpuReduce().decline(task)
 
     def emit(self, task: Task, knobs: Any) -> Emitted:

@@ -69,7 +69,7 @@ class RowOperators(GpuRule):
     name = "rows"
 
     def decline(self, task: Task) -> str | None:
-        """As on a CPU: groups, other axes than the last, non-float32."""
+        """Declines what the CPU's rule does: groups, other axes than the last, other types."""
         return CpuRowOperators().decline(task)
 
     def emit(self, task: Task, knobs: Any) -> Emitted:

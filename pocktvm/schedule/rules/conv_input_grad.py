@@ -33,7 +33,7 @@ class ConvInputGrad:
         return decline_spatial(task, "conv2d_input_grad")
 
     def knobs(self, task: Task) -> Mapping[str, Knob]:
-        """As a forward convolution's."""
+        """The register tile, as a forward convolution's."""
         return tile_knobs(describe(task), task)
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:

@@ -55,7 +55,7 @@ class ClassRows:
         return T.bind(safe), T.bind(counts)
 
     def weight(self, label: Expr) -> Expr:
-        """w[y]."""
+        """The weight of the label's class; 1 without weights."""
         if self.weights is None:
             return const(1.0)
         return load(self.ctx.buffers[self.weights], label, 1)
@@ -137,7 +137,7 @@ class ClassRows:
         self.ctx.store(out, 0, load(total, 0, 1) if self.summed else mean, 1)
 
     def weighted(self, c: Expr, width: int) -> Expr:
-        """w_c as a vector."""
+        """The weights of `width` classes from `c` on, as a vector."""
         if self.weights is None:
             return const(1.0, width)
         return load(self.ctx.buffers[self.weights], c, width)
@@ -163,7 +163,7 @@ class CrossEntropy:
     name = "cross_entropy"
 
     def decline(self, task: Task) -> str | None:
-        """Single nodes only."""
+        """Declines groups and every other operator."""
         return _decline(task, "cross_entropy")
 
     def knobs(self, task: Task) -> Mapping[str, Knob]:
@@ -194,7 +194,7 @@ class CrossEntropyGrad:
     name = "cross_entropy_grad"
 
     def decline(self, task: Task) -> str | None:
-        """Single nodes only."""
+        """Declines groups and every other operator."""
         return _decline(task, "cross_entropy_grad")
 
     def knobs(self, task: Task) -> Mapping[str, Knob]:

@@ -41,7 +41,7 @@ class Elementwise:
         return None if len(shapes) == 1 else f"outputs of {len(shapes)} different shapes"
 
     def knobs(self, task: Task) -> Mapping[str, Knob]:
-        """unroll: vectors a loop iteration."""
+        """`unroll`: how many vectors an iteration of the loop computes."""
         return {"unroll": Knob((1, 2, 4), 2)}
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:

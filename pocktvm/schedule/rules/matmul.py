@@ -124,7 +124,7 @@ class Tiled:
 
     @property
     def tasks(self) -> int:
-        """Independent pieces of work."""
+        """How many independent pieces of work there are."""
         return math.prod(self.grid)
 
     def emit(self, ctx: Context) -> None:
@@ -141,7 +141,7 @@ class Tiled:
             self._streamed(Tile(ctx, self.gemm, batch), p, c)
 
     def tile(self, ctx: Context, flat: Expr, worker: Expr) -> None:
-        """Task number `flat`."""
+        """Write task number `flat`, done by `worker`."""
         indices = unflatten(flat, self.grid)
         if self.form == "local":
             self._local(Tile(ctx, self.gemm, indices[0]), indices[1], indices[2], worker)

@@ -60,7 +60,7 @@ class _Move:
         copy_box(box, source, self.target, self.dtype, self.isa)
 
     def fill(self, value: float) -> None:
-        """The whole output."""
+        """Write `value` all over the output."""
         if self.dtype != self.out.dtype:
             value = int(np.array(value, self.out.dtype).view(self.dtype))
         fill(self.target, self.out.size, const(value, 1, self.dtype), self.dtype, self.isa)
@@ -85,7 +85,7 @@ def broadcast_to(move: _Move) -> None:
 
 
 def concat(move: _Move) -> None:
-    """One box an input."""
+    """Copy every input to its place in the output, as one box."""
     axis = move.node.attrs.get("axis", 0) % len(move.out.shape)
     strides = tuple(row_major(move.out.shape))
     start = 0

@@ -67,7 +67,7 @@ class PoolNest:
         return is_gradient(self.node.op)
 
     def emit(self, ctx: emit.Context) -> None:
-        """The whole kernel."""
+        """Write the whole kernel: images and rows, columns, channels."""
         self.ctx = ctx
         n, h, w, c = self.out
         with outer(self.task, n * h, 2 * n * h * w * c * self.taps) as f:

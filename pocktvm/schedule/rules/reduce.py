@@ -66,7 +66,7 @@ class Reduce:
         return None
 
     def knobs(self, task: Task) -> Mapping[str, Knob]:
-        """vectors: accumulators of one task."""
+        """`vectors`: how many accumulators a task keeps in registers."""
         heavy = epilogue_cost(split_body(task)[0]) > 8
         return {"vectors": Knob((1, 2, 4, 8, 16), 2 if heavy else 8)}
 
@@ -100,7 +100,7 @@ class _Nest:
         self.start = starts[self.out.dtype]
 
     def body(self, ctx: Context) -> None:
-        """The whole kernel."""
+        """Write the whole kernel."""
         self.inner = replace(ctx, task=self.plan.inner)
         self.outer = replace(ctx, task=self.plan.outer)
         self.partial = ctx.workspaces[0] if ctx.workspaces else None

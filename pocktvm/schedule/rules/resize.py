@@ -121,7 +121,7 @@ class ResizeNest:
         )
 
     def emit(self, ctx: emit.Context) -> None:
-        """The whole kernel."""
+        """Write the whole kernel: images and rows, columns, channels."""
         self.ctx = ctx
         n, h, w, c = self.out
         with outer(self.task, n * h, nbytes=4 * n * h * w * c) as f:

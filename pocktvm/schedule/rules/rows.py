@@ -256,7 +256,7 @@ class RowOperators:
         return None if math.prod(shape) else "an empty tensor"
 
     def knobs(self, task: Task) -> Mapping[str, Knob]:
-        """unroll: vectors an iteration of the writing pass."""
+        """`unroll`: how many vectors an iteration of the writing pass computes."""
         return {"unroll": Knob((1, 2, 4), 2)}
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:

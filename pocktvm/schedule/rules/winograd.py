@@ -47,7 +47,7 @@ class WinogradConv:
         return None
 
     def knobs(self, task: Task) -> Mapping[str, Knob]:
-        """m: the edge of an output tile; 4 where there are tiles enough to read its weights for."""
+        """`m`: an output tile's edge; 4 where there are tiles enough to read its weights for."""
         return _knobs(task)
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
@@ -80,7 +80,7 @@ class WinogradWeight:
         return None
 
     def knobs(self, task: Task) -> Mapping[str, Knob]:
-        """m: the edge of an output tile."""
+        """`m`: the edge of an output tile."""
         return _knobs(task)
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
