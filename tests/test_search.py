@@ -31,7 +31,7 @@ from pocktvm.search.activity import measure_activity
 from pocktvm.search.auto import search
 from pocktvm.search.candidates import find_candidates
 from pocktvm.search.curve import smoothed
-from pocktvm.search.finals import AGAIN, judged, key_of, winner
+from pocktvm.search.finals import ROUNDS, gains_of, judged, key_of, winner
 from pocktvm.search.planner import Planner
 from pocktvm.search.select import Limits, Selector
 from pocktvm.search.study import Settings, checked_samples
@@ -106,9 +106,7 @@ def test_activity_is_the_mean_square_of_each_channel():
     module, (x,), _ = kinds()
     model = import_model(module, (x,))
     found = measure_activity(model, {next(iter(model.inputs)): x.numpy()})
-    np.testing.assert_allclose(
-        found["plain.weight"]["in"], x.square().mean((0, 2, 3)), rtol=1e-5
-    )
+    np.testing.assert_allclose(found["plain.weight"]["in"], x.square().mean((0, 2, 3)), rtol=1e-5)
     y = module.plain(x) - module.plain.bias.reshape(-1, 1, 1)
     np.testing.assert_allclose(
         found["plain.weight"]["out"], y.square().mean((0, 2, 3)).detach(), rtol=1e-4
@@ -237,21 +235,28 @@ def test_finalists_differ_and_fit(tmp_path):
 
 
 def test_the_final_decides(tmp_path):
-    """Not the sum of contributions, and not its first round."""
+    """Not the sum of contributions, and not its first round: the best go on, and the last one's
+    best wins."""
     build = build_of(MLP)
     model, _ = build.resolve()
     candidates = find_candidates(model)
     table = made_up(tmp_path, candidates, lambda key: 0.1)
     planner = Planner(model, build.loss, build.optimizer, build.target)
     choices = [c for _, c in Selector(table, candidates, planner).finalists(Limits())]
-    assert not judged(table, choices)
-    for place, choice in enumerate(choices):
-        table.add(Row(*key_of(choice), 0.1 * place))
-    best = range(len(choices))[-3:]
-    for place in best:
-        assert not judged(table, choices)
-        table.add(Row(*key_of(choices[place], AGAIN), 0.5 if place == best[1] else 0.1))
-    assert judged(table, choices) and winner(table, choices) == best[1]
+    assert len(choices) > ROUNDS[-1].keep
+    gains = {id(c): [0.1 * place] for place, c in enumerate(choices)}
+    left = choices
+    for place, this in enumerate(ROUNDS):
+        left = sorted(left, key=lambda c: -gains[id(c)][-1])[: this.keep]
+        for number, choice in enumerate(left):
+            assert not judged(table, choices) and winner(table, choices) == 0
+            gain = gains[id(choice)][0] if place == 0 else 0.1 * (number + 1)
+            table.add(Row(*key_of(choice, this.kind), gain))
+            gains[id(choice)] += [gain] if place else []
+    assert judged(table, choices)
+    assert choices[winner(table, choices)] is left[-1]
+    assert all(gains_of(table, c) == gains[id(c)] for c in choices)
+    assert len(gains_of(table, left[0])) == 3 and len(gains_of(table, choices[0])) < 3
 
 
 def test_an_embedding_that_is_the_classifier_need_not_learn(tmp_path):
@@ -296,6 +301,10 @@ def test_a_torn_line_is_dropped_and_the_rest_kept(tmp_path):
 # End to end --------------------------------------------------------------------------------------
 
 
+def facts_shares(table):
+    return json.loads(table.read_text().splitlines()[0])["tried_shares"]
+
+
 def run(*arguments):
     done = CliRunner().invoke(app, [str(a) for a in arguments])
     return done, done.output + (done.stderr if done.stderr_bytes else "")
@@ -309,16 +318,19 @@ def test_scheme_then_build(tmp_path, data, method):
     done, text = run("scheme", MLP, *common, "--analysis", table, "-o", toml, "--json")
     assert done.exit_code == 0, text
     facts = json.loads(done.stdout)
-    longer = [f["longer_gain"] for f in facts["finalists"] if f["longer_gain"] is not None]
-    unlike = {(f["bias_depth"], *sorted(f["weights"].items())) for f in facts["finalists"]}
-    assert len(longer) == min(3, len(unlike))
-    assert facts["trials"] == 5 + 4 * 4 + len(unlike) + len(longer)
+    trained = {(f["bias_depth"], *sorted(f["weights"].items())): f for f in facts["finalists"]}
+    gains = [f["trained_gains"] for f in trained.values()]
+    held = [sum(len(g) > place for g in gains) for place in range(len(ROUNDS))]
+    assert held == [min(len(gains), r.keep or len(gains)) for r in ROUNDS]
+    assert facts["trials"] == 5 + 4 * len(facts_shares(table)) + sum(held)
     assert facts["chosen"] in facts["frontier"]
-    best = next(f for f in facts["finalists"] if f["longer_gain"] == max(longer))
-    assert best["weights"] == facts["chosen"]["weights"] and len(longer) >= 2
-    first = sorted((f["trained_gain"] for f in facts["finalists"]), reverse=True)
-    entered = [f["trained_gain"] for f in facts["finalists"] if f["longer_gain"] is not None]
-    assert sorted(entered, reverse=True) == first[: len(entered)]  # the best went on
+    last = [g[-1] for g in gains if len(g) == len(ROUNDS)]
+    best = next(f for f in trained.values() if f["trained_gains"][-1] == max(last))
+    assert best["weights"] == facts["chosen"]["weights"] and len(last) >= 2
+    for place in (1, 2):  # the best went on
+        before = sorted((g[place - 1] for g in gains if len(g) >= place), reverse=True)
+        entered = sorted((g[place - 1] for g in gains if len(g) > place), reverse=True)
+        assert entered == before[: len(entered)]
     assert Scheme.from_toml(toml).mapping == facts["scheme"]
     limit = (3 * facts["plan_bytes"] + facts["frontier"][0]["total_bytes"]) // 4
     before = table.read_text()
@@ -326,7 +338,7 @@ def test_scheme_then_build(tmp_path, data, method):
     assert done.exit_code == 0 and table.read_text().startswith(before)
     more = [json.loads(line)["kind"] for line in table.read_text()[len(before) :].splitlines()]
     # another budget has other finalists, but no new trials
-    assert set(more) <= {"joint", "joint longer"}
+    assert set(more) <= {r.kind for r in ROUNDS}
     smaller = json.loads(done.stdout)
     assert smaller["plan_bytes"] <= limit < facts["plan_bytes"]
     done, text = run(

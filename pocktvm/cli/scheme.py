@@ -73,9 +73,7 @@ def scheme(
             analysis=analysis, **source.facts(),
         )  # fmt: skip
         settings = Settings(method, minutes, seed, only=tuple(only or ()))
-        found = search(
-            build, settings=settings, step_seconds=step_time, progress=bar, explore=True
-        )
+        found = search(build, settings=settings, step_seconds=step_time, progress=bar, explore=True)
     _write(found, device.name, budget, out)
     facts = _facts(found, device.name, budget)
     if as_json:
@@ -108,10 +106,7 @@ def _facts(found: Found, target: str, budget: int | None) -> dict[str, Any]:
         "chosen": point(found.choice), "plan_bytes": found.planned_bytes, "scheme": found.mapping(),
         "frontier": [point(choice) for choice in found.frontier],
         "finalists": [
-            {
-                "recipe": f.recipe, "trained_gain": f.gain, "longer_gain": f.longer_gain,
-                **point(f.choice),
-            }
+            {"recipe": f.recipe, "trained_gains": f.gains, **point(f.choice)}
             for f in found.finalists
         ],
     }  # fmt: skip
@@ -144,13 +139,15 @@ def _show(facts: dict[str, Any], out: Path | None) -> None:
 
 
 def _show_finalists(finalists: list[dict[str, Any]]) -> None:
-    print("\nfinalists, each trained as a whole (gain over the classifier alone)")
-    print(f"  {'gain':>9}  {'longer':>9}  {'plan':>9}  biases of  weights  by")
+    print("\nfinalists, each trained as a whole (gain over the classifier alone, by round)")
+    rounds = range(max((len(point["trained_gains"]) for point in finalists), default=0))
+    names = "".join(f"  {f'round {place + 1}':>9}" for place in rounds)
+    print(f"{names}  {'plan':>9}  biases of  weights  by")
     for point in finalists:
-        gains = (point["trained_gain"], point["longer_gain"])
-        gain, longer = ("" if g is None else f"{g:.4f}" for g in gains)
+        told = [f"{gain:.4f}" for gain in point["trained_gains"]]
+        gains = "".join(f"  {text:>9}" for text in told + [""] * (len(rounds) - len(told)))
         plan = format_bytes(point["total_bytes"])
         print(
-            f"  {gain:>9}  {longer:>9}  {plan:>9}  {point['bias_depth']:>9}  "
+            f"{gains}  {plan:>9}  {point['bias_depth']:>9}  "
             f"{len(point['weights']):>7}  {point['recipe']}"
         )

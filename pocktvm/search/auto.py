@@ -14,7 +14,7 @@ from pocktvm.errors import PockError
 from pocktvm.ir.model import Model
 from pocktvm.ir.scheme import Scheme
 from pocktvm.search.candidates import Candidates, find_candidates
-from pocktvm.search.finals import AGAIN, hold_final, judged, key_of, winner
+from pocktvm.search.finals import gains_of, hold_final, judged, winner
 from pocktvm.search.planner import Planner
 from pocktvm.search.select import Choice, Limits, Recipe, Selector, check_smallest
 from pocktvm.search.table import Table
@@ -26,12 +26,11 @@ ATTEMPTS = 4  # choose, plan what was chosen, choose again within what that left
 @dataclass(frozen=True)
 class Finalist:
     """How a choice came about, and what it gained over the classifier alone when it was trained as
-    a whole: in the first round and, of the best, in the longer one."""
+    a whole: `gains`, a round of the final each, as many as it was in."""
 
     recipe: str
     choice: Choice
-    gain: float | None
-    longer_gain: float | None
+    gains: list[float]
 
 
 @dataclass(frozen=True)
@@ -112,11 +111,7 @@ def search(
     choice, planned = _fitting(selector, *finalists[first], limits, progress)
     if explore:
         selector.explore(choice)
-    gains = {key: row.gain for key, row in table.rows.items()}
-    told = [
-        Finalist(recipe.name, c, gains.get(key_of(c)), gains.get(key_of(c, AGAIN)))
-        for recipe, c in finalists
-    ]
+    told = [Finalist(recipe.name, c, gains_of(table, c)) for recipe, c in finalists]
     return Found(choice, selector.frontier(choice), table, candidates, pace, planned, told)
 
 

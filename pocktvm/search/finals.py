@@ -1,11 +1,12 @@
 """The last step of a search: train the likely choices as a whole, for longer, and take the best.
 
 Contributions are of single tensors, measured in a few steps; that they add up is an assumption. A
-final drops it: every finalist trains from the same start, at two rates that fall to zero, on the
-same samples; what counts is the lower loss on the held-out ones. What learns much needs its time,
-and in few steps a low rate: at a high one, forty steps of a few biases look better than those of
-whole blocks. So the best of a first round train again, longer and faster, and one of them wins.
-The classifier alone is among the first, as what gains are told against.
+final drops it: every finalist trains from the same start, at rates that fall to zero, on the same
+samples; what counts is the lower loss on the held-out ones. What learns much needs its time, and in
+few steps a low rate: at a high one, forty steps of a few biases look better than those of whole
+blocks. So this halves: all train for a while, the better half again and longer, the best of those
+much longer and at more rates, and one of them wins (successive halving, Jamieson and Talwalkar
+2016). The classifier alone is in every round, as what gains are told against.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,21 +23,35 @@ from pocktvm.search.bench import Bench
 from pocktvm.search.select import Choice
 from pocktvm.search.table import Row, Table
 
-RATES = (0.3, 0.1)  # of the optimizer's
-LONGER_RATES = (1.0, 0.3, 0.1)
-LONGER, LAST = 3, 3  # times the steps of the first round; how many train so long
+
+@dataclass(frozen=True)
+class Round:
+    """`keep`: how many enter, the best of the round before (None: all); `length`: of a fit, in
+    steps of the first round's; `rates`: fits, each at so many times the optimizer's rate."""
+
+    kind: str
+    keep: int | None
+    length: int
+    rates: tuple[float, ...]
+
+
+ROUNDS = (
+    Round("joint", None, 1, (0.3,)),
+    Round("joint longer", 6, 2, (0.3, 0.1)),
+    Round("joint longest", 3, 5, (1.0, 0.3, 0.1)),
+)
 ENTRANTS = 12  # about as many, with the classifier alone
-KIND, AGAIN = "joint", "joint longer"
 
 Progress = Callable[[str, str], None]
 
 
 def rounds_worth() -> int:
-    """How many times the steps of the first round a final takes, about."""
-    return len(RATES) * ENTRANTS + len(LONGER_RATES) * LONGER * (LAST + 1)
+    """How many times the steps of a first round's fit a final takes, about."""
+    fits = ((ENTRANTS if r.keep is None else r.keep + 1, r) for r in ROUNDS)
+    return sum(entrants * r.length * len(r.rates) for entrants, r in fits)
 
 
-def key_of(choice: Choice, kind: str = KIND) -> tuple[str, str, float]:
+def key_of(choice: Choice, kind: str = ROUNDS[0].kind) -> tuple[str, str, float]:
     """The row of a finalist: what learns, in short; the digest tells it from all others."""
     text = json.dumps([choice.depth, sorted(choice.weights.items())])
     name = f"{choice.depth} blocks, {len(choice.weights)} weights, "
@@ -43,18 +59,24 @@ def key_of(choice: Choice, kind: str = KIND) -> tuple[str, str, float]:
 
 
 def judged(table: Table, choices: Sequence[Choice]) -> bool:
-    """True when the table has every finalist's result of the first round, and the best ones' of
-    the second."""
-    first = [key_of(choice) for choice in choices]
-    if table.missing(first):
-        return False
-    return not table.missing([key_of(choice, AGAIN) for choice in _best(table, choices)])
+    """True when the table has the results of every round's entrants."""
+    return all(
+        (entrants := _entrants(table, choices, place)) is not None
+        and not table.missing([key_of(c, r.kind) for c in entrants])
+        for place, r in enumerate(ROUNDS)
+    )
 
 
-def _best(table: Table, choices: Sequence[Choice]) -> list[Choice]:
-    """Those that train for longer: the best of the first round; of equals the first."""
-    unique = list({key_of(c): c for c in choices}.values())
-    return sorted(unique, key=lambda c: -table.rows[key_of(c)].gain)[:LAST]
+def gains_of(table: Table, choice: Choice) -> list[float]:
+    """What a finalist gained over the classifier alone in the rounds it was in."""
+    rows = (table.rows.get(key_of(choice, r.kind)) for r in ROUNDS)
+    return [row.gain for row in rows if row is not None]
+
+
+def winner(table: Table, choices: Sequence[Choice]) -> int:
+    """The place of the one that did best in the last round; of equals the first."""
+    last = _entrants(table, choices, len(ROUNDS)) or []
+    return choices.index(last[0]) if last else 0
 
 
 def hold_final(
@@ -68,40 +90,47 @@ def hold_final(
     if judged(table, choices):
         return
     bench.warm_up(head, int(table.facts["warm_up_steps"]))
-    steps = int(table.facts["final_steps"])
-    first = {key_of(c): c for c in choices}
-    _round(bench, head, table, first, steps, RATES, progress)
-    again = {key_of(c, AGAIN): c for c in _best(table, choices)}
-    _round(bench, head, table, again, LONGER * steps, LONGER_RATES, progress)
+    for place in range(len(ROUNDS)):
+        _hold(bench, head, table, _entrants(table, choices, place) or [], place, progress)
 
 
-def winner(table: Table, choices: Sequence[Choice]) -> int:
-    """The place of the one that did best in the second round; of equals the first."""
-    gains = [table.rows.get(key_of(choice, AGAIN)) for choice in choices]
-    return int(np.argmax([-np.inf if row is None else row.gain for row in gains]))
+def _entrants(table: Table, choices: Sequence[Choice], place: int) -> list[Choice] | None:
+    """Who enters a round: the best of the one before, the best first, of equals those named first.
+    One place behind the last round: its own order. None where the one before was not held."""
+    if place == 0:
+        return list({key_of(c): c for c in choices}.values())
+    before = _entrants(table, choices, place - 1)
+    kind = ROUNDS[place - 1].kind
+    if before is None or table.missing([key_of(c, kind) for c in before]):
+        return None
+    keep = ROUNDS[place].keep if place < len(ROUNDS) else None
+    return sorted(before, key=lambda c: -table.rows[key_of(c, kind)].gain)[:keep]
 
 
-def _round(
+def _hold(
     bench: Bench,
     head: Mapping[str, float],
     table: Table,
-    entrants: Mapping[tuple[str, str, float], Choice],
-    steps: int,
-    rates: Sequence[float],
+    entrants: Sequence[Choice],
+    place: int,
     progress: Progress | None,
 ) -> None:
     """A row for each entrant that has none: how much lower than the classifier alone it ends."""
-    left = table.missing(list(entrants))
+    this = ROUNDS[place]
+    steps = this.length * int(table.facts["final_steps"])
+    left = [c for c in entrants if key_of(c, this.kind) not in table.rows]
     if not left:
         return
-    alone = _lowest(bench, head, steps, rates)
-    for number, key in enumerate(left):
+    alone = _lowest(bench, head, steps, this.rates)
+    for number, choice in enumerate(left):
         if progress:
-            progress("train the finalists", f"{number + 1}/{len(left)}, {steps} steps")
+            told = f"{number + 1}/{len(left)}, {steps} steps"
+            progress(f"finalists, round {place + 1} of {len(ROUNDS)}", told)
         began = time.monotonic()
-        loss = _lowest(bench, entrants[key].updated, steps, rates)
+        loss = _lowest(bench, choice.updated, steps, this.rates)
         gain = alone - loss if np.isfinite(loss) else -1e9  # it diverged
-        table.add(Row(*key, float(gain), round(time.monotonic() - began, 3)))
+        row = Row(*key_of(choice, this.kind), float(gain), round(time.monotonic() - began, 3))
+        table.add(row)
 
 
 def _lowest(

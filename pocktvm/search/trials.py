@@ -55,9 +55,7 @@ def _optimizer(study: Study) -> Optimizer:
     return own if study.settings.method == "finetune" else SGD(lr=own.lr)
 
 
-def _compile(
-    study: Study, scheme: Scheme, optimizer: Optimizer, progress: Progress | None
-) -> None:
+def _compile(study: Study, scheme: Scheme, optimizer: Optimizer, progress: Progress | None) -> None:
     """Make the artifact, unless a run that was stopped left it."""
     from pocktvm import compiler
     from pocktvm.manifest import MANIFEST, damaged_files, read_manifest
