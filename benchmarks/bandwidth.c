@@ -1,8 +1,5 @@
 /* Reading memory: GB/s at which `argv[1]` threads sum arrays far larger than any cache. */
-#include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <time.h>
+#include "rounds.h"
 
 #define FLOATS (48L << 20) /* 192 MB a thread */
 #define WIDTH 16
@@ -23,35 +20,18 @@ static void *work(void *data)
     return 0;
 }
 
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec * 1e-9;
-}
-
 int main(int argc, char **argv)
 {
     int threads = argc > 1 ? atoi(argv[1]) : 1;
-    pthread_t *id = calloc(threads, sizeof *id);
-    float **data = calloc(threads, sizeof *data);
-    double best = 0;
+    void **data = calloc(threads, sizeof *data);
     for (int i = 0; i < threads; i++) {
-        data[i] = aligned_alloc(4096, FLOATS * sizeof(float));
-        if (!data[i])
+        float *own = data[i] = aligned_alloc(4096, FLOATS * sizeof(float));
+        if (!own)
             return 1;
         for (long k = 0; k < FLOATS; k++) /* every page of its own */
-            data[i][k] = 1e-9f;
+            own[k] = 1e-9f;
     }
-    for (int repeat = 0; repeat < 4; repeat++) {
-        double start = now();
-        for (int i = 0; i < threads; i++)
-            pthread_create(id + i, 0, work, data[i]);
-        for (int i = 0; i < threads; i++)
-            pthread_join(id[i], 0);
-        double rate = 1e-9 * FLOATS * sizeof(float) * threads / (now() - start);
-        best = rate > best ? rate : best;
-    }
-    printf("%.1f\n", best);
+    double seconds = fastest(4, threads, work, data);
+    printf("%.1f\n", 1e-9 * FLOATS * sizeof(float) * threads / seconds);
     return 0;
 }
