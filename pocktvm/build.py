@@ -20,12 +20,12 @@ from pocktvm.errors import PockError
 from pocktvm.frontend.lora import add_adapters
 from pocktvm.frontend.source import import_model
 from pocktvm.identity import label_inputs
-from pocktvm.ir.graph import Graph
+from pocktvm.ir.graph import SAVED, Graph
 from pocktvm.ir.model import Model
 from pocktvm.ir.part import selectable
 from pocktvm.ir.scheme import Scheme
 from pocktvm.ir.target import Target
-from pocktvm.passes import SAVED, run_passes
+from pocktvm.passes import run_passes
 from pocktvm.search.activity import measure_activity
 from pocktvm.targets import load_target
 from pocktvm.units import parse_bytes

@@ -20,7 +20,7 @@ import numpy as np
 
 from pocktvm.data import check_data
 from pocktvm.errors import PockError
-from pocktvm.metrics import Metrics
+from pocktvm.metrics import measure
 from pocktvm.runtime.trainer import Trainer, load
 
 Arrays = Mapping[str, np.ndarray]
@@ -166,7 +166,6 @@ class _Bench:
         self.test = check_data(test, trainer.inputs, where="the test data", whole_batch=False)
         self.names = [i.name for i in trainer.inputs]
         self.batch = trainer.inputs[0].shape[0]
-        self.loss = str(trainer.loss)
         count = len(self.train[self.names[0]])
         self.held_out = max(self.batch, int(held_out * count))
         if not 0 < held_out < 1 or count - self.held_out < self.batch:
@@ -193,7 +192,7 @@ class _Bench:
             if resample and epoch > 1 and (epoch - 1) % resample == 0:
                 self.trainer.resample((seed << 32) + epoch)
             self._epoch(rng.permutation(rows), lr, epoch)
-            loss = float(self._measure(self.train, held)["loss"] or 0.0)
+            loss = float(measure(self.trainer, self.train, held)["loss"] or 0.0)
             if loss < lowest:
                 lowest, best_epoch = loss, epoch
                 self.trainer.save(self.best)
@@ -209,7 +208,7 @@ class _Bench:
     def tested(self, run: Run) -> Run:
         """`run`, whose weights were kept, with its score on the test samples."""
         self.trainer.load(self.kept)
-        found = self._measure(self.test, np.arange(len(self.test[self.names[0]])))
+        found = measure(self.trainer, self.test)
         accuracy = None if found["accuracy"] is None else float(found["accuracy"])
         return replace(run, test_loss=float(found["loss"] or 0.0), accuracy=accuracy)
 
@@ -221,20 +220,6 @@ class _Bench:
             began = time.perf_counter()
             self.trainer.step(*arrays, lr=lr * self.plan.factor(done))
             self.step_seconds = min(self.step_seconds, time.perf_counter() - began)
-
-    def _measure(self, arrays: Arrays, rows: np.ndarray) -> dict[str, Any]:
-        """Loss and accuracy over these samples; a last partial batch is padded and not counted."""
-        metrics, labelled = Metrics(self.loss), not self.loss.startswith("none")
-        for at in range(0, len(rows), self.batch):
-            chosen = rows[at : at + self.batch]
-            padded = np.concatenate([chosen, np.repeat(chosen[-1:], self.batch - len(chosen))])
-            names = self.names[:-1] if labelled else self.names
-            output = self.trainer.predict(*[np.asarray(arrays[n][padded]) for n in names])
-            if labelled:
-                metrics.add(output[: len(chosen)], np.asarray(arrays[self.names[-1]][chosen]))
-            else:
-                metrics.add(output, None)
-        return metrics.result()
 
 
 def table(results: Mapping[str, Evaluation | Mapping[str, Any]]) -> str:

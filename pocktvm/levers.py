@@ -20,7 +20,7 @@ from typing import Any
 
 from pocktvm.files import write_whole
 from pocktvm.ir.graph import Graph
-from pocktvm.ir.kernels import Kernels
+from pocktvm.ir.kernels import Kernels, aligned
 from pocktvm.ir.memory import MemoryPlan
 from pocktvm.ir.target import Target
 from pocktvm.manifest import MANIFEST, read_manifest
@@ -84,7 +84,7 @@ def shrunk(graphs: Sequence[Graph], limit: int, target: Target) -> tuple[Graph, 
 
 def _persistent(graphs: Sequence[Graph]) -> int:
     params = {n: p for g in graphs for n, p in g.params.items()}
-    return sum(-(-int(p.value.nbytes) // 64) * 64 for p in params.values())
+    return sum(aligned(int(p.value.nbytes)) for p in params.values())
 
 
 def peak(graph: Graph) -> int:

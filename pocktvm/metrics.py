@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pocktvm.errors import PockError
 from pocktvm.ir.options import parse_options
+
+if TYPE_CHECKING:
+    from pocktvm.runtime.trainer import Trainer
 
 # (output, labels, options) -> sum of losses, what to divide it by
 Summed = tuple[float, float]
@@ -50,6 +54,41 @@ class Metrics:
             "accuracy": self.correct / self.counted if self.counted else None,
             "samples": self.samples,
         }
+
+
+def measure(
+    trainer: Trainer,
+    arrays: Mapping[str, np.ndarray],
+    rows: np.ndarray | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float | int | None]:
+    """`Metrics.result` of a trainer's predictions over the samples `rows` (None: all of them).
+
+    A last partial batch is padded and the padding not counted. With the loss "none" the output is
+    one number for a whole batch, out of which padding could not be taken: the rest is left out,
+    and PockError where that is everything. `progress` is called as (samples done, of how many).
+    """
+    metrics, names = Metrics(trainer.loss), [i.name for i in trainer.inputs]
+    labelled, batch = trainer.loss != "none", trainer.inputs[0].shape[0]
+    rows = np.arange(len(arrays[names[0]])) if rows is None else rows
+    if not labelled:
+        rows = rows[: len(rows) - len(rows) % batch]
+        if not len(rows):
+            raise PockError(
+                f"loss 'none' is evaluated in whole batches of {batch}: too few samples"
+            )
+    for at in range(0, len(rows), batch):
+        if progress:
+            progress(at, len(rows))
+        real = rows[at : at + batch]
+        padded = np.concatenate([real, np.repeat(real[-1:], batch - len(real))])
+        inputs = names[:-1] if labelled else names
+        output = trainer.predict(*[np.asarray(arrays[n][padded]) for n in inputs])
+        if labelled:
+            metrics.add(output[: len(real)], np.asarray(arrays[names[-1]][real]))
+        else:
+            metrics.add(output, None)
+    return metrics.result()
 
 
 def _hits(name: str, output: np.ndarray, labels: np.ndarray, options: Options) -> np.ndarray:

@@ -7,8 +7,6 @@ W1 is stored transposed (perm), b1 is frozen, `head.weight` has an alias.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from pocktvm.ir.artifact import Identity, SelfTest
@@ -246,11 +244,6 @@ def _cached_kernels(target):
     if target.name not in _KERNELS:
         _KERNELS[target.name] = compile_kernels(target)
     return _KERNELS[target.name]
-
-
-def with_mean_and_scale(mean, scale):
-    """The two inputs, the first normalised from uint8."""
-    return replace(X, mean=mean, scale=scale), Y
 
 
 def _dtype(tensor):

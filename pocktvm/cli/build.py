@@ -31,12 +31,12 @@ def build(
         str,
         typer.Argument(help="zoo name with options, file.py:function, or file.onnx"),
     ] = "mobilenetv2",
-    target: Annotated[str, typer.Option(help="a name of `pocktvm targets`, or a TOML")] = "host",
+    target: options.Target = "host",
     scheme: Annotated[
         str, typer.Option(help="full, last, bias:N, blocks:N, pockengine, a TOML, or JSON")
     ] = "pockengine",
-    batch: Annotated[int | None, typer.Option(min=1, help="samples per step")] = None,
-    weights: Annotated[Path | None, typer.Option(help="safetensors, torch's names")] = None,
+    batch: options.Batch = None,
+    weights: options.Weights = None,
     loss: Annotated[str | None, typer.Option(help="cross_entropy, mse, …, none")] = None,
     optimizer: Annotated[str, typer.Option(help="sgd, momentum, adam, …, with :options")] = "sgd",
     lr: Rate = None,
@@ -51,7 +51,7 @@ def build(
     analysis: Annotated[Path | None, typer.Option(help="table of `pocktvm scheme`")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="the artifact's folder")] = None,
     force: Annotated[bool, typer.Option(help="build even when up to date")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Compile MODEL for a target into a folder that trains there."""
     wanted: dict[str, Any] = {

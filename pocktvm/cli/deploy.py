@@ -47,25 +47,23 @@ class Training:
 
 
 def deploy(
-    artifact: Annotated[Path, typer.Argument(help="an artifact's folder")],
+    artifact: options.Artifact,
     ssh: Host,
     data: Annotated[
         Path | None, typer.Option(help="train there on this; as `run` takes it")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="train there for N steps")] = None,
     lr: options.StepRate = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="threads of the trainer")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="order of the samples, masks")] = None,
-    resample: Annotated[
-        int | None, typer.Option(min=1, metavar="EPOCHS", help="other channels learn this often")
-    ] = None,
+    threads: options.Threads = None,
+    seed: options.Seed = None,
+    resample: options.Resample = None,
     fetch: Annotated[Path | None, typer.Option(help="bring the checkpoint here")] = None,
     folder: Annotated[
         str | None,
         typer.Option("--dir", help="folder there; default: ~/.local/share/pocktvm/MODEL"),
     ] = None,
     rollback: Annotated[bool, typer.Option(help="back to the version before")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Put ARTIFACT on a device, test it there; train if asked to."""
     given = {"steps": steps, "lr": lr, "threads": threads, "seed": seed, "resample": resample}

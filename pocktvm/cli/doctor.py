@@ -33,7 +33,7 @@ def doctor(
             help="a device to look at, too",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Check that this machine, or a device, has what it takes.
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated
 
-import typer
-
+from pocktvm.cli import options
 from pocktvm.cli.show import show
 from pocktvm.manifest import check_files, read_manifest, summary
 
 
 def inspect(
-    artifact: Annotated[Path, typer.Argument(help="an artifact's folder")],
-    as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
+    artifact: options.Artifact,
+    as_json: options.Json = False,
 ) -> None:
     """Show plan, kernels and updated tensors of an artifact."""
     manifest = read_manifest(artifact)

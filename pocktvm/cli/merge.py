@@ -8,17 +8,18 @@ from typing import Annotated
 
 import typer
 
+from pocktvm.cli import options
 from pocktvm.errors import PockError
 from pocktvm.files import check_file, replacing_file
 from pocktvm.manifest import check_files, emulator_of, read_manifest
 
 
 def merge(
-    artifact: Annotated[Path, typer.Argument(help="an artifact's folder")],
+    artifact: options.Artifact,
     out: Annotated[Path, typer.Option("-o", "--out", help="safetensors to write")],
     resume: Annotated[Path | None, typer.Option(help="checkpoint to merge")] = None,
     apart: Annotated[bool, typer.Option(help="LoRA's matrices alone, not merged")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Write every weight into one file, LoRA's adapters merged.
 
@@ -30,8 +31,7 @@ def merge(
     manifest = read_manifest(artifact)
     check_files(artifact, manifest)
     emulator_of(manifest)
-    if resume is not None and not resume.is_file():
-        raise PockError(f"no checkpoint at {resume}: --resume takes what --save wrote")
+    options.check_checkpoint(resume)
     if apart and not manifest.get("adapters"):
         raise PockError(f"{artifact} has no adapters: build it with --scheme lora:N:r=8")
     check_file(out, "the weights")

@@ -1,13 +1,16 @@
-"""Option types the parser itself can refuse (exit code 2)."""
+"""Options that commands share, and what the parser itself can refuse of them (exit code 2)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from pocktvm.errors import PockError
+from pocktvm.ir.graph import SAVED
 from pocktvm.units import parse_bytes, parse_seconds
 
 
@@ -34,13 +37,13 @@ def _rate(text: str) -> float:
 
 
 def saved(text: str) -> str:
-    """How activations wait for the backward pass."""
+    """How activations wait for the backward pass: a name of SAVED."""
     return refuse(_saved, text)
 
 
 def _saved(text: str) -> str:
-    if text not in ("float32", "bf16", "int8"):
-        raise ValueError(f"'{text}' is none of float32, bf16, int8")
+    if text not in SAVED:
+        raise ValueError(f"'{text}' is none of {', '.join(SAVED)}")
     return text
 
 
@@ -54,6 +57,22 @@ def refuse(parse: Callable[[str], Any], text: Any) -> Any:
         raise typer.BadParameter(str(error)) from error
 
 
+def check_checkpoint(resume: Path | None) -> None:
+    """PockError where --resume names no file."""
+    if resume is not None and not resume.is_file():
+        raise PockError(f"no checkpoint at {resume}: --resume takes what --save wrote")
+
+
+Artifact = Annotated[Path, typer.Argument(help="an artifact's folder")]
+Target = Annotated[str, typer.Option(help="a name of `pocktvm targets`, or a TOML")]
+Batch = Annotated[int | None, typer.Option(min=1, help="samples per step")]
+Weights = Annotated[Path | None, typer.Option(help="safetensors, torch's names")]
+Threads = Annotated[int | None, typer.Option(min=1, help="threads of the trainer")]
+Seed = Annotated[int | None, typer.Option(min=0, help="order of the samples, masks")]
+Resample = Annotated[
+    int | None, typer.Option(min=1, metavar="EPOCHS", help="other channels learn this often")
+]
+Json = Annotated[bool, typer.Option("--json", help="one object on stdout")]
 Budget = Annotated[
     int | None,
     typer.Option(parser=size, metavar="SIZE", help="bound of total_bytes: 64MB, 64MiB"),

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
+from pocktvm.cli import options
 from pocktvm.files import write_whole
 from pocktvm.manifest import read_manifest, read_stamp
 from pocktvm.report import report as html_report
 
 
 def report(
-    artifact: Annotated[Path, typer.Argument(help="an artifact's folder")],
+    artifact: options.Artifact,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="default: report.html in the artifact")
     ] = None,

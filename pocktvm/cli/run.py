@@ -29,20 +29,18 @@ Every = Annotated[
 
 
 def run(
-    artifact: Annotated[Path, typer.Argument(help="an artifact's folder")],
+    artifact: options.Artifact,
     data: Annotated[Path | None, typer.Option(help="safetensors, npz, or a folder of npy")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="total, resumed steps included")] = None,
     lr: options.StepRate = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="threads of the trainer")] = None,
+    threads: options.Threads = None,
     pin: Annotated[bool, typer.Option("--pin", help="each thread keeps to a core")] = False,
     save: Annotated[Path | None, typer.Option(help="checkpoint to write, at the end too")] = None,
     save_every: Every = None,
     resume: Annotated[Path | None, typer.Option(help="checkpoint to go on from")] = None,
-    resample: Annotated[
-        int | None, typer.Option(min=1, metavar="EPOCHS", help="other channels learn this often")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="order of the samples, masks")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
+    resample: options.Resample = None,
+    seed: options.Seed = None,
+    as_json: options.Json = False,
 ) -> None:
     """Train ARTIFACT on your data, or on one made-up batch.
 
@@ -98,8 +96,7 @@ def check_resample(manifest: dict[str, Any], data: Path | None) -> None:
 
 def _check_paths(save: Path | None, resume: Path | None) -> None:
     """Refuse before any step what would fail at the first save."""
-    if resume is not None and not resume.is_file():
-        raise PockError(f"no checkpoint at {resume}: --resume takes what --save wrote")
+    options.check_checkpoint(resume)
     if save is not None:
         check_file(save, "the checkpoint")
 

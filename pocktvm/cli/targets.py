@@ -5,10 +5,8 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
-from typing import Annotated
 
-import typer
-
+from pocktvm.cli import options
 from pocktvm.errors import PockError
 from pocktvm.ir.target import Target
 from pocktvm.manifest import emulator_of, runs_here
@@ -23,7 +21,7 @@ CHECKED = {
 
 
 def targets(
-    as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """The devices pocktvm builds for; a device is one TOML in targets/."""
     from pocktvm.targets import list_targets

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,10 +19,10 @@ if TYPE_CHECKING:
 
 def tune(
     model: Annotated[str, typer.Argument(help="as for build")] = "mobilenetv2",
-    target: Annotated[str, typer.Option(help="a name of `pocktvm targets`, or a TOML")] = "host",
+    target: options.Target = "host",
     scheme: Annotated[str, typer.Option(help="as for build")] = "pockengine",
-    batch: Annotated[int | None, typer.Option(min=1, help="samples per step")] = None,
-    weights: Annotated[Path | None, typer.Option(help="safetensors, torch's names")] = None,
+    batch: options.Batch = None,
+    weights: options.Weights = None,
     loss: Annotated[str | None, typer.Option(help="as for build")] = None,
     optimizer: Annotated[str, typer.Option(help="as for build")] = "sgd",
     saved: options.Saved = "float32",
@@ -33,7 +32,7 @@ def tune(
     trials: Annotated[int, typer.Option(min=1, help="points measured per kernel")] = 16,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="stop after so long")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="threads of the local runner")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Search faster kernels for MODEL; later builds use them.
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pocktvm.frontend.converters.registry import const, dtype_of, shape_of
+from pocktvm.registry import entry
 from pocktvm.tvm_api import relax, tvm
 
 UNBOUNDED = {"float32": (-3.4028235e38, 3.4028235e38), "int": (-(2**31), 2**31 - 1)}
@@ -59,12 +60,7 @@ CONVERTERS: dict[str, Converter] = {}
 
 def converts(*names: str) -> Callable[[Converter], Converter]:
     """Register a converter for operators, by their ONNX names."""
-
-    def register(function: Converter) -> Converter:
-        CONVERTERS.update(dict.fromkeys(names, function))
-        return function
-
-    return register
+    return entry(CONVERTERS, *names)
 
 
 def is_const(expr: Any) -> bool:

@@ -35,6 +35,7 @@ ITEMSIZE = {
     "float32": 4, "int32": 4, "uint32": 4, "int64": 8,
     "uint16": 2, "uint8": 1, "int8": 1, "bool": 1,
 }  # fmt: skip
+SAVED = ("float32", "bf16", "int8")  # how a step may keep activations for its backward pass
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,11 @@ from pocktvm.ir.graph import ITEMSIZE, Param
 ALIGN = 64  # bytes; what TVM's packed kernels assume of every buffer
 
 
+def aligned(nbytes: int) -> int:
+    """Bytes rounded up to the alignment of every buffer; at least one unit."""
+    return max(ALIGN, -(-nbytes // ALIGN) * ALIGN)
+
+
 @dataclass(frozen=True)
 class ArgSpec:
     """One argument as the kernel declares it; buffers are dense."""

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pocktvm.ir.graph import Graph, Node
+from pocktvm.ir.kernels import aligned
 from pocktvm.ir.memory import CLASSES, MemoryPlan
 from pocktvm.ir.ops import VIEWS
-from pocktvm.memory.lifetimes import CLASS_OF, aligned
+from pocktvm.memory.lifetimes import CLASS_OF
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pocktvm.ir.kernels import ALIGN, Call, Kernel, Program
+from pocktvm.ir.kernels import Call, Kernel, Program, aligned
 
 PERSISTENT = frozenset({"trained", "optimizer", "selection", "scalar"})
 CLASS_OF = {
@@ -67,11 +67,6 @@ class Block:
     def at(self, call: int) -> Range:
         """What the block holds after `call`."""
         return [r for r in self.ranges if r.start <= call][-1]
-
-
-def aligned(nbytes: int) -> int:
-    """Bytes rounded up to the alignment of every buffer; at least one unit."""
-    return max(ALIGN, -(-nbytes // ALIGN) * ALIGN)
 
 
 def live_ranges(program: Program) -> dict[str, Range]:

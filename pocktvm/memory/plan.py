@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from pocktvm.errors import InternalError
-from pocktvm.ir.kernels import ALIGN, Kernels, Program
+from pocktvm.ir.kernels import ALIGN, Kernels, Program, aligned
 from pocktvm.ir.memory import CLASSES, MemoryPlan
 from pocktvm.memory.fast import choose_fast
-from pocktvm.memory.lifetimes import CLASS_OF, PERSISTENT, Block, aligned, in_place
+from pocktvm.memory.lifetimes import CLASS_OF, PERSISTENT, Block, in_place
 from pocktvm.memory.pack import live_bytes, pack
 
 

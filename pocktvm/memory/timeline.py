@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pocktvm.ir.kernels import Kernels, Program
+from pocktvm.ir.kernels import Kernels, Program, aligned
 from pocktvm.ir.memory import CLASSES, MemoryPlan
-from pocktvm.memory.lifetimes import CLASS_OF, PERSISTENT, aligned, in_place
+from pocktvm.memory.lifetimes import CLASS_OF, PERSISTENT, in_place
 from pocktvm.memory.plan import live_by_class
 
 

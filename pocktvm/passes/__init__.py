@@ -55,7 +55,6 @@ PIPELINE: tuple[Pass, ...] = (
     order,
     join_products,
 )
-SAVED = ("float32", "bf16", "int8")  # how a step keeps activations for its backward pass
 
 
 def pipeline(saved: str = "float32") -> tuple[Pass, ...]:

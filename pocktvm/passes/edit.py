@@ -106,10 +106,6 @@ class Editor:
         """True for what no node computes."""
         return name not in self.producer
 
-    def is_persistent(self, name: str) -> bool:
-        """True for constants, parameters, states and scalars."""
-        return name in self.consts or name in self.params or name in self.graph.scalars
-
     def finish(self, **changes: Any) -> Graph:
         """The new graph, without what no result needs."""
         outputs = {k: self.resolve(v) for k, v in self.graph.outputs.items()}

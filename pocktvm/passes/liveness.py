@@ -1,8 +1,8 @@
 """Transient bytes while each node of a sequence runs, before any kernel is compiled.
 
 Counted as the memory plan counts: views share memory, an update lies over its parameter, results
-live to the end, sizes are rounded up to 64 bytes, and an output takes the place of a dying operand
-where kernels commonly allow it (an operand the epilogue reads at the index it writes).
+live to the end, sizes are rounded up to the arena's alignment, and an output takes the place of a
+dying operand where kernels commonly allow it (one that the epilogue reads at the index it writes).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pocktvm.ir.graph import Graph, Node, Value
+from pocktvm.ir.kernels import aligned
 from pocktvm.ir.ops import VIEWS, joins_loops
 
-ALIGN = 64
 BOTH_GRADIENTS = "depthwise_grads"  # passes/join_gradients.py
 # operators whose first operand may be overwritten by their first result
 OVERWRITES = frozenset("softmax softmax_grad log_softmax_grad cross_entropy_grad".split())
@@ -47,7 +47,7 @@ class Lifetimes:
 
     def size(self, name: str) -> int:
         """Bytes of a value, rounded up to the arena's alignment."""
-        return max(ALIGN, -(-self.values[name].nbytes // ALIGN) * ALIGN)
+        return aligned(self.values[name].nbytes)
 
     def last(self, name: str) -> int:
         """Position of the last reader; the maker's where there is none."""

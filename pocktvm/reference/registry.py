@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 
 from pocktvm.ir.graph import Node, Value
+from pocktvm.registry import entry
 
 Tensor: TypeAlias = torch.Tensor
 Rule = Callable[[Node, Sequence[Tensor], Sequence[Value]], "Tensor | tuple[Tensor, ...]"]
@@ -17,13 +18,7 @@ RULES: dict[str, Rule] = {}
 
 def reference(*names: str) -> Callable[[Rule], Rule]:
     """Register `rule(node, args, outs)` for these operators; `outs` are the outputs' types."""
-
-    def register(rule: Rule) -> Rule:
-        for name in names:
-            RULES[name] = rule
-        return rule
-
-    return register
+    return entry(RULES, *names)
 
 
 def gradient_of(forward: Callable[[Tensor], Tensor], at: Tensor, dy: Tensor) -> Tensor:

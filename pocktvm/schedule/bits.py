@@ -15,6 +15,7 @@ from typing import Any
 
 from pocktvm.errors import InternalError
 from pocktvm.schedule.emit import const, load, store
+from pocktvm.schedule.loops import ceil_div
 from pocktvm.tvm_api import T, tirx
 
 Expr = Any
@@ -22,7 +23,7 @@ Expr = Any
 
 def row_bytes(channels: int, group: int) -> int:
     """Bytes of a row of masks: one for every `group` channels, the last perhaps in part."""
-    return -(-channels // group)
+    return ceil_div(channels, group)
 
 
 def write(

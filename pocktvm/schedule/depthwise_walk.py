@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pocktvm.ir.target import Isa
-from pocktvm.schedule.loops import balanced, ceil_div, worth_threads
+from pocktvm.schedule.loops import balanced, ceil_div, hands
 from pocktvm.schedule.window import Axis
 
 Reach = tuple[tuple[int, int], ...]  # of one pixel: (kernel column, column of dy from the tile's)
@@ -122,8 +122,7 @@ class Plan:
     @cached_property
     def bands(self) -> int:
         """Bands of rows: one task each, one a core where threads are worth it."""
-        parallel = worth_threads(self.isa, 2 * self.grads.macs)
-        return min(self.isa.cores, self.lines) if parallel else 1
+        return hands(self.isa, 2 * self.grads.macs, self.lines)
 
     @property
     def band(self) -> int:

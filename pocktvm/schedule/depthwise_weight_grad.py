@@ -18,7 +18,7 @@ from pocktvm.schedule import emit
 from pocktvm.schedule.depthwise import Vectors, each_block
 from pocktvm.schedule.emit import Context
 from pocktvm.schedule.expression import Position, finish
-from pocktvm.schedule.loops import workers, worth_threads
+from pocktvm.schedule.loops import ceil_div, hands, workers
 from pocktvm.schedule.weight_grad import PARTIAL_BYTES, WeightGrad, last
 from pocktvm.schedule.window import Run, tiles
 from pocktvm.tvm_api import T, tirx
@@ -61,7 +61,7 @@ class Plan:
         channels, taps = self.grad.dw_shape[3], self.grad.dw_shape[0] * self.grad.dw_shape[1]
         block = self.tile.vectors * self.isa.lanes
         fit = max(1, PARTIAL_BYTES // (4 * taps) // block)
-        blocks = -(-channels // block)
+        blocks = ceil_div(channels, block)
         share = max(1, min(fit, blocks // (2 * self.isa.cores)))
         # A share that divides the blocks leaves no shorter last part, to be written out as well.
         share = max(s for s in range(1, share + 1) if blocks % s == 0)
@@ -70,13 +70,12 @@ class Plan:
     @cached_property
     def parts(self) -> int:
         """Parts of the channels: one task each."""
-        return -(-self.grad.dw_shape[3] // self.part)
+        return ceil_div(self.grad.dw_shape[3], self.part)
 
     @cached_property
     def workers(self) -> int:
         """Scratch areas: tasks that may run at once."""
-        parallel = worth_threads(self.isa, 2 * self.grad.macs)
-        return min(self.isa.cores, self.parts) if parallel else 1
+        return hands(self.isa, 2 * self.grad.macs, self.parts)
 
     @cached_property
     def sums(self) -> int:
@@ -120,7 +119,7 @@ class _Part:
         step = self.grad.rows.step * self.grad.columns.step
         row_bytes = ow * channels * 4 * (1 + step)
         high = min(oh, max(1, BLOCK_BYTES // row_bytes))
-        blocks = -(-oh // high)
+        blocks = ceil_div(oh, high)
         with T.serial(0, kh * kw) as t:
             self.each(lambda c, v: self.clear(t, c, v))
         with T.serial(0, n * blocks) as b:

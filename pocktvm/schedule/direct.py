@@ -25,6 +25,7 @@ from pocktvm.schedule import emit
 from pocktvm.schedule.dot import Dot, best_unroll, max_rows, tile_cycles, written
 from pocktvm.schedule.emit import Context
 from pocktvm.schedule.expression import Position, finish
+from pocktvm.schedule.loops import balanced, ceil_div
 from pocktvm.schedule.prefetch import prefetch_epilogue
 from pocktvm.schedule.spatial import outer
 from pocktvm.schedule.window import Axis, Run, tiles
@@ -107,7 +108,7 @@ def choose_tile(conv: Direct, isa: Isa) -> Tile:
             continue
         pixels, images = columns, 1
         if columns >= limit:
-            pixels = -(-columns // -(-columns // limit))
+            pixels = balanced(columns, limit)
         else:
             images = max(d for d in range(1, max(1, limit // columns) + 1) if batch % d == 0)
         p = pixels * images
@@ -125,7 +126,7 @@ def emit_direct(ctx: Context, conv: Direct, weights: Weights, tile: Tile) -> Non
     """The whole loop nest, epilogue included."""
     n = conv.result_shape[0] // tile.images
     rows = max(axis.out for axis, _ in conv.phases)
-    panels = -(-conv.width // tile.nr)
+    panels = ceil_div(conv.width, tile.nr)
     units = n * rows
     with outer(ctx.task, units * panels * conv.groups, 2 * conv.macs) as f:
         if tile.panels_outer:

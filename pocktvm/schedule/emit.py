@@ -167,8 +167,3 @@ def reduce_lanes(
     while len(items) > 1:
         items = [combine(items[i], items[i + 1]) for i in range(0, len(items), 2)]
     return T.bind(items[0])
-
-
-def chunks(extent: int, tasks: int) -> int:
-    """The largest divisor-free block so that about `tasks` blocks cover `extent`."""
-    return max(1, -(-extent // max(1, tasks)))

@@ -27,7 +27,7 @@ from pocktvm.schedule.depthwise import Tile as DepthwiseTile
 from pocktvm.schedule.emit import Context, load, store
 from pocktvm.schedule.gemm import Gemm, pointwise
 from pocktvm.schedule.gemm_tile import Tile, register_tile
-from pocktvm.schedule.loops import ceil_div, tiles, workers, worth_threads, zero
+from pocktvm.schedule.loops import ceil_div, hands, tiles, workers, worth_threads, zero
 from pocktvm.schedule.rule import Task
 from pocktvm.schedule.window import Axis
 from pocktvm.schedule.window import tiles as column_tiles
@@ -131,9 +131,7 @@ class Block:
     @cached_property
     def workers(self) -> int:
         """Scratch areas: parts that may run at once."""
-        if not worth_threads(self.isa, self.flops):
-            return 1
-        return min(self.isa.cores, self.conv.result_shape[0] * self.parts)
+        return hands(self.isa, self.flops, self.conv.result_shape[0] * self.parts)
 
     def emit(self, ctx: Context) -> None:
         """Write the whole loop nest: images, parts of them, rows."""

@@ -22,6 +22,11 @@ def worth_threads(isa: Isa, flops: float) -> bool:
     return isa.cores > 1 and flops > 1.2e5 * isa.lanes
 
 
+def hands(isa: Isa, flops: float, tasks: int) -> int:
+    """How many of `tasks`, which do `flops` in all, run at once: 1 where threads do not pay."""
+    return min(isa.cores, tasks) if worth_threads(isa, flops) else 1
+
+
 def zero() -> Expr:
     """The index 0."""
     return tirx.const(0, "int32")

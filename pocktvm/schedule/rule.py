@@ -136,6 +136,11 @@ class Knob:
     options: tuple[Any, ...]
     default: Any
 
+    @classmethod
+    def around(cls, default: Any, *others: Any) -> Knob:
+        """The default first, then the others, each once."""
+        return cls(tuple(dict.fromkeys((default, *others))), default)
+
 
 class Rule(Protocol):
     """One kernel family: takes a task or says why not, names its knobs, writes the loop nest."""
@@ -150,6 +155,16 @@ class Rule(Protocol):
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
         """Write the loop nest; `knobs` has a value for every knob."""
+
+
+class Knobless:
+    """The half of a rule that has no knobs: nothing of its kernels is left to tune."""
+
+    name = ""
+
+    def knobs(self, task: Task) -> Mapping[str, Knob]:
+        """No knobs."""
+        return {}
 
 
 def defaults(knobs: Mapping[str, Knob]) -> dict[str, Any]:

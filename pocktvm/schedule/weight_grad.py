@@ -20,7 +20,7 @@ from pocktvm.schedule import emit
 from pocktvm.schedule.dot import tile_cycles
 from pocktvm.schedule.emit import Context
 from pocktvm.schedule.expression import Position, finish
-from pocktvm.schedule.loops import workers, worth_threads
+from pocktvm.schedule.loops import balanced, ceil_div, hands, workers
 from pocktvm.schedule.window import Axis
 from pocktvm.tvm_api import T, tirx
 
@@ -77,9 +77,9 @@ def choose_tile(grad: WeightGrad, isa: Isa) -> Tile:
         limit = (isa.vector_registers - v - 2) // v
         if limit < 1:
             continue
-        mr = -(-grad.depth // -(-grad.depth // min(limit, grad.depth)))
+        mr = balanced(grad.depth, limit)
         if isa.lane_fma and mr > 4:
-            mr = max(4, min(limit, -(-mr // 4) * 4) // 4 * 4)
+            mr = max(4, min(limit, ceil_div(mr, 4) * 4) // 4 * 4)
         heights = _pieces(grad.depth, mr)
         panels = _pieces(widths, v)
         cycles = sum(tile_cycles(isa, p, u) for p in heights for u in panels)
@@ -109,8 +109,9 @@ class Blocks:
         if oh * ow <= pixels:
             images = max(d for d in range(1, max(1, pixels // (oh * ow)) + 1) if n % d == 0)
             return cls(n // images, images, oh, 1)
-        rows = -(-oh // -(-oh // max(1, pixels // ow)))
-        return cls(n * -(-oh // rows), 1, rows, -(-oh // rows))
+        rows = balanced(oh, pixels // ow)
+        per_image = ceil_div(oh, rows)
+        return cls(n * per_image, 1, rows, per_image)
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ class Plan:
     def extents(self) -> tuple[int, int, int, int]:
         """How many groups, panels, chunks and taps the tasks are made of."""
         kh, kw, depth, _ = self.grad.dw_shape
-        panels = -(-self.grad.width // self.tile.nr)
-        return self.grad.groups, panels, -(-depth // self.chunk), kh * kw
+        panels = ceil_div(self.grad.width, self.tile.nr)
+        return self.grad.groups, panels, ceil_div(depth, self.chunk), kh * kw
 
     @cached_property
     def blocks(self) -> Blocks:
@@ -142,8 +143,7 @@ class Plan:
     @cached_property
     def workers(self) -> int:
         """Scratch areas: tasks that may run at once."""
-        parallel = worth_threads(self.isa, 2 * self.grad.macs)
-        return min(self.isa.cores, math.prod(self.extents)) if parallel else 1
+        return hands(self.isa, 2 * self.grad.macs, math.prod(self.extents))
 
     @cached_property
     def sums(self) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pocktvm.schedule.loops import ceil_div
 from pocktvm.tvm_api import T, tirx
 
 Expr = Any
@@ -129,7 +130,7 @@ def tiles(axis: Axis, widest: int, inside: bool = False) -> list[Run]:
     """Cover the outputs of an axis with tiles of at most `widest`, as even as can be; `inside`:
     only those that see every tap."""
     lo, hi = axis.interior if inside else (0, axis.out)
-    width = max(1, -(-(hi - lo) // max(1, -(-(hi - lo) // widest))))
+    width = max(1, ceil_div(hi - lo, max(1, ceil_div(hi - lo, widest))))
     runs: list[Run] = []
     for start in range(lo, hi, width):
         w = min(width, hi - start)
@@ -154,7 +155,7 @@ def gradient_axes(
         apart = reach[0] - reach[1] if len(reach) > 1 else 0
         axes.append(
             Axis(
-                out=-(-(out - phase) // stride),
+                out=ceil_div(out - phase, stride),
                 src=src,
                 step=1,
                 taps=len(reach),

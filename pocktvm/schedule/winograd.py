@@ -25,7 +25,7 @@ from pocktvm.schedule import emit
 from pocktvm.schedule.dot import Dot, best_unroll, max_rows, tile_cycles
 from pocktvm.schedule.emit import Context, const
 from pocktvm.schedule.expression import Position, finish
-from pocktvm.schedule.loops import grid, tile_at, tiles, workers, worth_threads
+from pocktvm.schedule.loops import balanced, ceil_div, grid, tile_at, tiles, workers, worth_threads
 from pocktvm.schedule.patches import Patches, Read, each_vector
 from pocktvm.schedule.winograd_transforms import INPUT, OUTPUT, both_ways
 from pocktvm.schedule.winograd_weights import WeightTransform
@@ -72,7 +72,7 @@ class Winograd:
     def across(self) -> tuple[int, int]:
         """Tiles along rows and columns of an image."""
         _, oh, ow, _ = self.result_shape
-        return -(-oh // self.m), -(-ow // self.m)
+        return ceil_div(oh, self.m), ceil_div(ow, self.m)
 
     @property
     def tiles(self) -> int:
@@ -119,13 +119,13 @@ class Winograd:
     def block(self) -> int:
         """How many tiles are transformed and multiplied together."""
         rows, _ = self.register_tile
-        wish = -(-12 // rows) * rows if self.own else SHARED_TILES
-        return -(-self.tiles // -(-self.tiles // wish))
+        wish = ceil_div(12, rows) * rows if self.own else SHARED_TILES
+        return balanced(self.tiles, wish)
 
     @property
     def blocks(self) -> int:
         """Blocks of all tiles."""
-        return -(-self.tiles // self.block)
+        return ceil_div(self.tiles, self.block)
 
     @property
     def workers(self) -> int:
@@ -154,7 +154,7 @@ class Winograd:
 def emit_winograd(ctx: Context, conv: Winograd) -> None:
     """The whole kernel, epilogue included."""
     v, p = (plane * conv.t**2 for plane in conv.planes)
-    planes, panels = conv.t**2, -(-conv.width // conv.register_tile[1])
+    planes, panels = conv.t**2, ceil_div(conv.width, conv.register_tile[1])
     if conv.learned:
         WeightTransform(ctx, conv.weight, conv.learned, ctx.workspaces[2], conv.m,
                         conv.register_tile[1], conv.swap).emit(conv.parallel)  # fmt: skip

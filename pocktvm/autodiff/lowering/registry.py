@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pocktvm.autodiff.ops import Emitter, Expr
+from pocktvm.registry import entry
 
 # (call, args, emitter) -> the value, or a tuple of values; args are already ours
 Lowering = Callable[[Any, Sequence[Expr], Emitter], "Expr | tuple[Expr, ...]"]
@@ -15,12 +16,7 @@ LOWERINGS: dict[str, Lowering] = {}
 
 def lower(*names: str) -> Callable[[Lowering], Lowering]:
     """Register the function that writes these Relax operators in our vocabulary."""
-
-    def register(function: Lowering) -> Lowering:
-        LOWERINGS.update(dict.fromkeys(names, function))
-        return function
-
-    return register
+    return entry(LOWERINGS, *names)
 
 
 def axes_of(value: Any, rank: int) -> tuple[int, ...]:

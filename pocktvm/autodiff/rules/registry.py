@@ -14,6 +14,7 @@ from types import FunctionType
 from typing import Any
 
 from pocktvm.autodiff.ops import NAMES, PREFIX, Emitter, Expr, layer_and_name
+from pocktvm.registry import entry
 from pocktvm.tvm_api import relax
 
 Partial = "Expr | None | Callable[[], Expr]"
@@ -28,11 +29,12 @@ _NEEDED: ContextVar[frozenset[str]] = ContextVar("needed", default=frozenset())
 def gradient(*names: str) -> Callable[[Rule], Rule]:
     """Register the gradient of these operators."""
 
+    enter = entry(RULES, *names)
+
     def register(rule: Rule) -> Rule:
         for name in names:
-            RULES[name] = rule
             _register(name if name.startswith("relax.") else PREFIX + name)
-        return rule
+        return enter(rule)
 
     return register
 

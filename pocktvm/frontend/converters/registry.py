@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from pocktvm.registry import entry
 from pocktvm.tvm_api import relax
 
 # (importer, node) -> a Relax expression, or a tuple of them for an operator with several results
@@ -17,12 +18,7 @@ CONVERTERS: dict[str, Converter] = {}
 
 def converts(*names: str) -> Callable[[Converter], Converter]:
     """Register a converter for operators, by the names torch.export gives them."""
-
-    def register(function: Converter) -> Converter:
-        CONVERTERS.update(dict.fromkeys(names, function))
-        return function
-
-    return register
+    return entry(CONVERTERS, *names)
 
 
 def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:

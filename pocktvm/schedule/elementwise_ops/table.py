@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pocktvm.registry import entry
+
 Expr = Any
 Emit = Callable[[list[Expr], Mapping[str, Any], int, str], Expr]
 OPS: dict[str, Emit] = {}
@@ -15,13 +17,7 @@ def op(*names: str) -> Callable[[Emit], Emit]:
     """Register the emitter of one or more operators: (operands, attrs, width, dtype) -> vector.
 
     `dtype` is that of the result."""
-
-    def register(function: Emit) -> Emit:
-        for name in names:
-            OPS[name] = function
-        return function
-
-    return register
+    return entry(OPS, *names)
 
 
 def bound(attrs: Mapping[str, Any], name: str) -> float | None:

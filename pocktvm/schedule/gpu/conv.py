@@ -14,16 +14,16 @@ pixels, with only the taps that reach it (schedule/window.py): a quarter of the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from pocktvm.schedule.emit import Context, build, const
 from pocktvm.schedule.expression import Position, finish
-from pocktvm.schedule.gpu.base import GpuRule
 from pocktvm.schedule.gpu.launch import choose
 from pocktvm.schedule.gpu.tile import Product, emit_product, plan
 from pocktvm.schedule.inplace import inplace_pairs
-from pocktvm.schedule.rule import Emitted, Task
+from pocktvm.schedule.rule import Emitted, Knobless, Task
 from pocktvm.schedule.spatial import anchor_of, decline_spatial
 from pocktvm.schedule.window import Axis, Window
 from pocktvm.tvm_api import T, tirx
@@ -114,7 +114,7 @@ def geometry(task: Task) -> Geometry:
     return Geometry(x, w, y, window)
 
 
-class Conv(GpuRule):
+class Conv(Knobless):
     """conv2d, conv2d_input_grad and conv2d_weight_grad: any kernel, stride, padding, dilation and
     groups, with an elementwise epilogue."""
 
@@ -172,19 +172,24 @@ def _read_x(ctx: Context, conv: Geometry, name: str, group: Expr, at: Expr, tap:
     return choose(within(iy, ix, conv.x), value, const(0.0))
 
 
+def _writer(ctx: Context, conv: Geometry, shape: tuple[int, ...]) -> Callable[..., None]:
+    """Stores a value of (group, row, output channel) in a result of this shape, epilogue first."""
+    result = anchor_of(ctx.task).outputs[0]
+
+    def write(group: Expr, m: Expr, n: Expr, value: Expr) -> None:
+        finish(ctx, {result: value}, Position(shape, m, group * conv.outputs + n, 1))
+
+    return write
+
+
 def _forward(ctx: Context, conv: Geometry) -> Product:
     node = anchor_of(ctx.task)
     x, w = node.inputs[:2]
-
-    def write(group: Expr, m: Expr, n: Expr, value: Expr) -> None:
-        at = Position(conv.y, m, group * conv.outputs + n, 1)
-        finish(ctx, {node.outputs[0]: value}, at)
-
     return Product(
         *_sizes(node.op, conv),
         lambda group, m, k: _read_x(ctx, conv, x, group, m, k),
         lambda group, k, n: ctx.load(w, k * conv.y[3] + group * conv.outputs + n, 1),
-        write, conv.groups,
+        _writer(ctx, conv, conv.y), conv.groups,
     )  # fmt: skip
 
 
@@ -222,16 +227,11 @@ def _input_grad(ctx: Context, conv: Geometry, phase: Phase) -> Product:
 def _weight_grad(ctx: Context, conv: Geometry) -> Product:
     node = anchor_of(ctx.task)
     x, dy = node.inputs[:2]
-
-    def write(group: Expr, m: Expr, n: Expr, value: Expr) -> None:
-        at = Position(conv.w, m, group * conv.outputs + n, 1)
-        finish(ctx, {node.outputs[0]: value}, at)
-
     return Product(
         *_sizes(node.op, conv),
         lambda group, m, k: _read_x(ctx, conv, x, group, k, m),
         lambda group, k, n: ctx.load(dy, k * conv.y[3] + group * conv.outputs + n, 1),
-        write, conv.groups, a_along_k=False,
+        _writer(ctx, conv, conv.w), conv.groups, a_along_k=False,
     )  # fmt: skip
 
 

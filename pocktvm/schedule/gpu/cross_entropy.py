@@ -11,11 +11,10 @@ from typing import Any
 
 from pocktvm.schedule import vector_math as vm
 from pocktvm.schedule.emit import LOWEST, Context, build, const, load, store
-from pocktvm.schedule.gpu.base import GpuRule
 from pocktvm.schedule.gpu.launch import BLOCK, blocks, power_of_two, shared_fold, stride_loop
 from pocktvm.schedule.loops import ceil_div
 from pocktvm.schedule.row import add
-from pocktvm.schedule.rule import Emitted, Task
+from pocktvm.schedule.rule import Emitted, Knobless, Task
 from pocktvm.schedule.rules.cross_entropy import ClassRows
 from pocktvm.schedule.rules.cross_entropy import CrossEntropy as CpuCrossEntropy
 from pocktvm.schedule.rules.cross_entropy import CrossEntropyGrad as CpuCrossEntropyGrad
@@ -68,7 +67,7 @@ def _threads(task: Task) -> int:
     return power_of_two(ceil_div(task.shape(node.inputs[0])[node.attrs["axis"]], 4), 32, BLOCK)
 
 
-class CrossEntropy(GpuRule):
+class CrossEntropy(Knobless):
     """The mean loss, a scalar."""
 
     name = "cross_entropy"
@@ -100,7 +99,7 @@ def _sum(buffer: Any, base: int, count: int, thread: Expr) -> Expr:
     return shared_fold(thread, BLOCK, count, lambda i: load(buffer, base + i, 1), add, 0.0)
 
 
-class CrossEntropyGrad(GpuRule):
+class CrossEntropyGrad(Knobless):
     """The gradient of the mean loss for the logits, scaled by dloss."""
 
     name = "cross_entropy_grad"

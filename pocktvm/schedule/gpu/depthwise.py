@@ -12,12 +12,11 @@ from typing import Any
 
 from pocktvm.schedule.emit import Context, build, const, load, local, store
 from pocktvm.schedule.expression import Position, finish
-from pocktvm.schedule.gpu.base import GpuRule
 from pocktvm.schedule.gpu.conv import OPS, Geometry, geometry, offset, pixel, within
 from pocktvm.schedule.gpu.fold import emit_fold, plan_fold
 from pocktvm.schedule.gpu.launch import choose, threads
 from pocktvm.schedule.inplace import inplace_pairs
-from pocktvm.schedule.rule import Emitted, Task
+from pocktvm.schedule.rule import Emitted, Knobless, Task
 from pocktvm.schedule.spatial import anchor_of, decline_spatial
 from pocktvm.tvm_api import T
 
@@ -25,7 +24,7 @@ Expr = Any
 UNROLLED = 49  # taps written out: their validity tests then share what they compute
 
 
-class Depthwise(GpuRule):
+class Depthwise(Knobless):
     """conv2d and its two gradients with groups = channels in = channels out."""
 
     name = "depthwise"

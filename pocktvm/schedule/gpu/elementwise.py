@@ -6,10 +6,9 @@ from typing import Any
 
 from pocktvm.schedule.emit import Context, build
 from pocktvm.schedule.expression import Position, evaluate, store_outputs
-from pocktvm.schedule.gpu.base import GpuRule
 from pocktvm.schedule.gpu.launch import threads
 from pocktvm.schedule.loops import zero
-from pocktvm.schedule.rule import Emitted, Task
+from pocktvm.schedule.rule import Emitted, Knobless, Task
 from pocktvm.schedule.rules.elementwise import Elementwise as CpuElementwise
 from pocktvm.schedule.rules.elementwise import flatten, same_index_pairs
 from pocktvm.tvm_api import T
@@ -17,7 +16,7 @@ from pocktvm.tvm_api import T
 Expr = Any
 
 
-class Elementwise(GpuRule):
+class Elementwise(Knobless):
     """y[i] = f(a[i], b[i], …) over one common shape, operands broadcast."""
 
     name = "elementwise"

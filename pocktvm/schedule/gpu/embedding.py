@@ -10,10 +10,9 @@ import math
 from typing import Any
 
 from pocktvm.schedule.emit import Context, build, const, load, local, store
-from pocktvm.schedule.gpu.base import GpuRule
 from pocktvm.schedule.gpu.launch import blocks, power_of_two, shared_fold, threads
 from pocktvm.schedule.loops import ceil_div
-from pocktvm.schedule.rule import Emitted, Task
+from pocktvm.schedule.rule import Emitted, Knobless, Task
 from pocktvm.schedule.rules.embedding import Table, describe_table, index_input
 from pocktvm.schedule.rules.embedding import Take as CpuTake
 from pocktvm.schedule.rules.embedding import TakeGrad as CpuTakeGrad
@@ -28,7 +27,7 @@ def larger(a: Expr, b: Expr) -> Expr:
     return tirx.Max(a, b)
 
 
-class Take(GpuRule):
+class Take(Knobless):
     """y[o, i, :] = table[o, indices[i], :]."""
 
     name = "take"
@@ -53,7 +52,7 @@ class Take(GpuRule):
         return Emitted(build(task, body))
 
 
-class TakeGrad(GpuRule):
+class TakeGrad(Knobless):
     """dtable[o, indices[i], :] += dy[o, i, :] from zeros; as an update, table[…] -= lr * dy."""
 
     name = "take_grad"
@@ -113,7 +112,7 @@ class TakeGrad(GpuRule):
         ctx.store(out, goal, total, 1)
 
 
-class Put(GpuRule):
+class Put(Knobless):
     """table[o, indices[i], :] = rows[o, i, :], where the table lies; indices are distinct."""
 
     name = "put"

@@ -7,17 +7,16 @@ from typing import Any
 from pocktvm.schedule.emit import Context, build
 from pocktvm.schedule.expression import Position, finish
 from pocktvm.schedule.gemm import Gemm, describe
-from pocktvm.schedule.gpu.base import GpuRule
 from pocktvm.schedule.gpu.launch import MAX_ROWS
 from pocktvm.schedule.gpu.tile import Product, emit_product, plan
 from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.loops import zero
-from pocktvm.schedule.rule import Emitted, Task
+from pocktvm.schedule.rule import Emitted, Knobless, Task
 
 Expr = Any
 
 
-class Matmul(GpuRule):
+class Matmul(Knobless):
     """matmul with either operand transposed, batched or not."""
 
     name = "matmul"

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pocktvm.schedule.emit import Context, build, const, load, local, store
-from pocktvm.schedule.gpu.base import GpuRule
 from pocktvm.schedule.gpu.launch import choose, threads
 from pocktvm.schedule.loops import unflatten, zero
-from pocktvm.schedule.rule import Emitted, Task
+from pocktvm.schedule.rule import Emitted, Knobless, Task
 from pocktvm.schedule.rules.movement import bounds, inside
 from pocktvm.schedule.strided_copy import row_major
 from pocktvm.tvm_api import T, tirx
@@ -194,7 +193,7 @@ BODIES: dict[str, Callable[[Move], Expr]] = {
 }  # fmt: skip
 
 
-class Movement(GpuRule):
+class Movement(Knobless):
     """permute_dims, broadcast_to, concat, slices, pads, gathers and their gradients, cumsum."""
 
     name = "movement"

@@ -9,13 +9,12 @@ from typing import Any
 
 from pocktvm.schedule.emit import LOWEST, Context, build, const
 from pocktvm.schedule.expression import Position, evaluate, finish, load_operand
-from pocktvm.schedule.gpu.base import GpuRule
 from pocktvm.schedule.gpu.elementwise import place
 from pocktvm.schedule.gpu.fold import emit_fold, plan_fold
 from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.loops import unflatten, zero
 from pocktvm.schedule.reduction import Reduction, analyse
-from pocktvm.schedule.rule import Emitted, Task
+from pocktvm.schedule.rule import Emitted, Knobless, Task
 from pocktvm.schedule.rules.reduce import COMBINE
 from pocktvm.schedule.rules.reduce import Reduce as CpuReduce
 from pocktvm.tvm_api import T
@@ -23,7 +22,7 @@ from pocktvm.tvm_api import T
 Expr = Any
 
 
-class Reduce(GpuRule):
+class Reduce(Knobless):
     """y = f(reduce(g(x, …)), …)."""
 
     name = "reduce"

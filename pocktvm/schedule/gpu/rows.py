@@ -13,11 +13,10 @@ from typing import Any
 
 from pocktvm.schedule import vector_math as vm
 from pocktvm.schedule.emit import LOWEST, Context, build, load, store
-from pocktvm.schedule.gpu.base import GpuRule
 from pocktvm.schedule.gpu.launch import BLOCK, blocks, power_of_two, shared_fold, stride_loop
 from pocktvm.schedule.loops import ceil_div
 from pocktvm.schedule.row import add
-from pocktvm.schedule.rule import Emitted, Task
+from pocktvm.schedule.rule import Emitted, Knobless, Task
 from pocktvm.schedule.rules.rows import FUNCTIONS, Rows, row_axes
 from pocktvm.schedule.rules.rows import RowOperators as CpuRowOperators
 from pocktvm.tvm_api import T, tirx
@@ -63,7 +62,7 @@ class BlockRows(Rows):
                 store(self.outputs[output], row, value, 1)
 
 
-class RowOperators(GpuRule):
+class RowOperators(Knobless):
     """softmax, log_softmax, layer_norm, rms_norm and their gradients, over the last axes."""
 
     name = "rows"

@@ -10,11 +10,10 @@ import math
 from typing import Any
 
 from pocktvm.schedule.emit import Context, build
-from pocktvm.schedule.gpu.base import GpuRule
 from pocktvm.schedule.gpu.conv import pixel
 from pocktvm.schedule.gpu.launch import threads
 from pocktvm.schedule.inplace import inplace_pairs
-from pocktvm.schedule.rule import Emitted, Task
+from pocktvm.schedule.rule import Emitted, Knobless, Task
 from pocktvm.schedule.rules.pool import Pool as CpuPool
 from pocktvm.schedule.rules.pool import PoolNest
 from pocktvm.schedule.rules.resize import Resize as CpuResize
@@ -22,7 +21,7 @@ from pocktvm.schedule.rules.resize import ResizeNest
 from pocktvm.tvm_api import T
 
 
-class Pool(GpuRule):
+class Pool(Knobless):
     """max_pool2d, avg_pool2d and their gradients."""
 
     name = "pool"
@@ -36,7 +35,7 @@ class Pool(GpuRule):
         return _elements(task, PoolNest(task, 1))
 
 
-class Resize(GpuRule):
+class Resize(Knobless):
     """resize2d and resize2d_grad."""
 
     name = "resize"

@@ -60,13 +60,9 @@ def tile_knobs(conv: Direct, task: Task) -> dict[str, Knob]:
     best = choose_tile(conv, isa)
     limit = max(1, max_rows(isa, best.nr // isa.lanes))
     return {
-        "pixels": _knob(best.pixels, *range(max(1, limit // 2), limit + 1)),
-        "images": _knob(best.images),
-        "nr": _knob(best.nr, isa.lanes, 2 * isa.lanes, 3 * isa.lanes, 4 * isa.lanes),
-        "unroll": _knob(best.unroll, 1, 2, 4),
-        "panels_outer": _knob(best.panels_outer, False, True),
+        "pixels": Knob.around(best.pixels, *range(max(1, limit // 2), limit + 1)),
+        "images": Knob.around(best.images),
+        "nr": Knob.around(best.nr, isa.lanes, 2 * isa.lanes, 3 * isa.lanes, 4 * isa.lanes),
+        "unroll": Knob.around(best.unroll, 1, 2, 4),
+        "panels_outer": Knob.around(best.panels_outer, False, True),
     }
-
-
-def _knob(default: Any, *options: Any) -> Knob:
-    return Knob(tuple(dict.fromkeys((default, *options))), default)

@@ -13,6 +13,7 @@ from typing import Any
 from pocktvm.schedule import emit
 from pocktvm.schedule.direct import Direct, Tile, Weights, emit_direct
 from pocktvm.schedule.inplace import inplace_pairs
+from pocktvm.schedule.loops import ceil_div
 from pocktvm.schedule.rule import Emitted, Knob, Pack, Task
 from pocktvm.schedule.rules.conv import tile_knobs
 from pocktvm.schedule.spatial import anchor_of, decline_spatial, outer
@@ -75,7 +76,7 @@ def emit_swap(ctx: emit.Context, conv: Direct, tile: Tile, weight: Any, panels: 
     """The packer `conv_panels(swap=True)` as a loop: HWIO to [group][panel][tap][O][I panel]."""
     taps = conv.kernel[0] * conv.kernel[1]
     total = conv.groups * conv.depth
-    count = -(-conv.width // tile.nr)
+    count = ceil_div(conv.width, tile.nr)
     with outer(ctx.task, conv.groups * count, nbytes=4 * taps * conv.width * total) as f:
         group, panel = T.bind(f // count), T.bind(f % count)
         base = T.bind((group * conv.width + panel * tile.nr) * (taps * conv.depth))

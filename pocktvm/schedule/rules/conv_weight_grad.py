@@ -26,9 +26,9 @@ class ConvWeightGrad:
         """The register tile and the pixels of a block."""
         tile, lanes = choose_tile(describe(task), task.target.isa), task.target.isa.lanes
         return {
-            "mr": _knob(tile.mr, 4, 6, 8, 12),
-            "nr": _knob(tile.nr, lanes, 2 * lanes, 3 * lanes, 4 * lanes),
-            "block": _knob(tile.block, 64, 128, 256, 512),
+            "mr": Knob.around(tile.mr, 4, 6, 8, 12),
+            "nr": Knob.around(tile.nr, lanes, 2 * lanes, 3 * lanes, 4 * lanes),
+            "block": Knob.around(tile.block, 64, 128, 256, 512),
         }
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
@@ -48,7 +48,3 @@ def describe(task: Task) -> WeightGrad:
     return WeightGrad(
         node.inputs[0], node.inputs[1], node.outputs[0], x, dy, dw, window.groups, rows, columns
     )
-
-
-def _knob(default: Any, *options: Any) -> Knob:
-    return Knob(tuple(dict.fromkeys((default, *options))), default)

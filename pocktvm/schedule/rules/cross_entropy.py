@@ -17,7 +17,7 @@ from typing import Any
 from pocktvm.schedule import vector_math as vm
 from pocktvm.schedule.emit import Context, build, const, load, local, splat, store, vector_loop
 from pocktvm.schedule.row import add, reduce_row, row_max
-from pocktvm.schedule.rule import Emitted, Knob, Task
+from pocktvm.schedule.rule import Emitted, Knobless, Task
 from pocktvm.tvm_api import T, tirx
 
 Expr = Any
@@ -157,7 +157,7 @@ def _decline(task: Task, op: str) -> str | None:
     return "it takes no epilogue" if task.node.body else None
 
 
-class CrossEntropy:
+class CrossEntropy(Knobless):
     """The mean loss, a scalar."""
 
     name = "cross_entropy"
@@ -165,10 +165,6 @@ class CrossEntropy:
     def decline(self, task: Task) -> str | None:
         """Declines groups and every other operator."""
         return _decline(task, "cross_entropy")
-
-    def knobs(self, task: Task) -> Mapping[str, Knob]:
-        """None."""
-        return {}
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
         """Losses of rows into a workspace, then one ordered sum."""
@@ -188,7 +184,7 @@ class CrossEntropy:
         return Emitted(build(task, body, ((2 * count, "float32"),)), ((2 * count, "float32"),))
 
 
-class CrossEntropyGrad:
+class CrossEntropyGrad(Knobless):
     """The gradient of the mean loss for the logits, scaled by dloss; and the loss, if wanted."""
 
     name = "cross_entropy_grad"
@@ -196,10 +192,6 @@ class CrossEntropyGrad:
     def decline(self, task: Task) -> str | None:
         """Declines groups and every other operator."""
         return _decline(task, "cross_entropy_grad")
-
-    def knobs(self, task: Task) -> Mapping[str, Knob]:
-        """None."""
-        return {}
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
         """D first, then the rows; the gradient may overwrite the logits."""

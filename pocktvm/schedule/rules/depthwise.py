@@ -11,6 +11,7 @@ from pocktvm.schedule.depthwise_weight_grad import Plan, emit_depthwise_weight_g
 from pocktvm.schedule.depthwise_weight_grad import Tile as WeightGradTile
 from pocktvm.schedule.depthwise_weight_grad import choose_tile as weight_grad_tile
 from pocktvm.schedule.inplace import inplace_pairs
+from pocktvm.schedule.loops import ceil_div
 from pocktvm.schedule.prefetch import streams
 from pocktvm.schedule.rule import Emitted, Knob, Task
 from pocktvm.schedule.rules.conv_weight_grad import describe as describe_weight_grad
@@ -37,8 +38,8 @@ class DepthwiseConv:
         """The register tile."""
         tile = self.tile(task)
         return {
-            "pixels": Knob(tuple(dict.fromkeys((tile.pixels, 1, 2, 4, 8))), tile.pixels),
-            "vectors": Knob(tuple(dict.fromkeys((tile.vectors, 1, 2, 4))), tile.vectors),
+            "pixels": Knob.around(tile.pixels, 1, 2, 4, 8),
+            "vectors": Knob.around(tile.vectors, 1, 2, 4),
         }
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
@@ -108,7 +109,7 @@ def fit_tile(task: Task, conv: Depthwise, wish: Sequence[int]) -> Tile:
     pixels, vectors = wish
     if task.target.isa.vector_registers <= 16 and task.target.isa.lanes <= 4:
         pixels, vectors = 4, 1  # ARMv7: 2.8 instructions a multiply-add, 5.1 with more
-    have = max(1, -(-conv.result_shape[3] // task.target.isa.lanes))
+    have = max(1, ceil_div(conv.result_shape[3], task.target.isa.lanes))
     if have < vectors:
         pixels, vectors = pixels * vectors // have, have
     return Tile(min(pixels, max(columns.out for _, columns in conv.phases)), vectors)
@@ -132,7 +133,7 @@ class DepthwiseWeightGrad:
         tile = weight_grad_tile(describe_weight_grad(task), task.target.isa)
         return {
             "pixels": Knob((4, 2, 8), tile.pixels),
-            "vectors": Knob(tuple(dict.fromkeys((tile.vectors, 1, 2))), tile.vectors),
+            "vectors": Knob.around(tile.vectors, 1, 2),
             "lines": Knob((tile.lines,), tile.lines),
         }
 

@@ -51,8 +51,8 @@ class DepthwiseGrads:
         if stride == 1 and grads.dx_shape[2] > 8 and streams(task, grads.x):
             wish = 4  # rows come from main memory: shorter tiles ask for it more evenly
         pixels = max(stride, wish // stride * stride)
-        options = (pixels, *(stride * n for n in (1, 2, 4)))
-        return {"pixels": Knob(tuple(dict.fromkeys(options)), pixels), "vectors": Knob((1, 2), 1)}
+        narrower = (stride * n for n in (1, 2, 4))
+        return {"pixels": Knob.around(pixels, *narrower), "vectors": Knob((1, 2), 1)}
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
         """Workspace: the sums of every band of rows."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from pocktvm.schedule.emit import Context, build, const, load, splat, store, vector_loop
 from pocktvm.schedule.loops import ceil_div, grid, tile_at, worth_threads
-from pocktvm.schedule.rule import Emitted, Knob, Task
+from pocktvm.schedule.rule import Emitted, Knobless, Task
 from pocktvm.schedule.strided_copy import fill, move_lanes, moved_as
 from pocktvm.tvm_api import T, tirx
 
@@ -65,7 +65,7 @@ def _decline(task: Task, op: str) -> str | None:
     return None
 
 
-class Take:
+class Take(Knobless):
     """y[o, i, :] = table[o, indices[i], :]."""
 
     name = "take"
@@ -73,10 +73,6 @@ class Take:
     def decline(self, task: Task) -> str | None:
         """Declines groups and indices that are not int32."""
         return _decline(task, "take")
-
-    def knobs(self, task: Task) -> Mapping[str, Knob]:
-        """None."""
-        return {}
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
         """One row copy an index."""
@@ -106,7 +102,7 @@ class Take:
         return Emitted(build(task, body, dtypes=bits))
 
 
-class TakeGrad:
+class TakeGrad(Knobless):
     """dtable[o, indices[i], :] += dy[o, i, :] from zeros; as an update, table[…] -= lr * dy."""
 
     name = "take_grad"
@@ -117,10 +113,6 @@ class TakeGrad:
         if reason is None and task.values[task.node.outputs[0]].dtype != "float32":
             return "not float32"
         return reason
-
-    def knobs(self, task: Task) -> Mapping[str, Knob]:
-        """None."""
-        return {}
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
         """Zeros everywhere (a gradient), then rows in order, block of columns by block."""

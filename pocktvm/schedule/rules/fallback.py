@@ -12,8 +12,9 @@ from typing import Any
 from pocktvm.errors import PockError
 from pocktvm.ir.graph import Node
 from pocktvm.ir.target import Target
+from pocktvm.registry import entry
 from pocktvm.schedule.default_schedule import schedule_prim_func
-from pocktvm.schedule.rule import Emitted, Knob, Task
+from pocktvm.schedule.rule import Emitted, Knobless, Task
 from pocktvm.tvm_api import broadcast_matmul, load_attrs, load_op, relax, single_prim_func, topi
 
 Expr = Any
@@ -22,16 +23,10 @@ SPELLINGS: dict[str, Callable[[list[Expr], Node, tuple[int, ...], str], Expr]] =
 
 def spell(*names: str) -> Callable[[Any], Any]:
     """Register how an operator is written in Relax: (operands, node, out shape, out dtype)."""
-
-    def register(function: Any) -> Any:
-        for name in names:
-            SPELLINGS[name] = function
-        return function
-
-    return register
+    return entry(SPELLINGS, *names)
 
 
-class Fallback:
+class Fallback(Knobless):
     """One node, through TVM's own legalization."""
 
     name = "fallback"
@@ -43,10 +38,6 @@ class Fallback:
         if task.node.op not in SPELLINGS:
             return f"no spelling of '{task.node.op}' in Relax"
         return None
-
-    def knobs(self, task: Task) -> Mapping[str, Knob]:
-        """None."""
-        return {}
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
         """Legalize, then schedule every block; temporaries become workspace arguments."""

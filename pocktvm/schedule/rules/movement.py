@@ -10,7 +10,7 @@ import numpy as np
 
 from pocktvm.schedule.emit import Context, build, const
 from pocktvm.schedule.loops import grid, worth_threads
-from pocktvm.schedule.rule import Emitted, Knob, Task
+from pocktvm.schedule.rule import Emitted, Knobless, Task
 from pocktvm.schedule.strided_copy import Box, copy_box, fill, moved_as, row_major
 from pocktvm.tvm_api import T, tirx
 
@@ -18,7 +18,7 @@ Expr = Any
 Bounds = list[tuple[int, int, int]]  # (begin, step, count) of every axis
 
 
-class Movement:
+class Movement(Knobless):
     """permute_dims, broadcast_to, concat, strided_slice, strided_slice_grad, pad."""
 
     name = "movement"
@@ -29,10 +29,6 @@ class Movement:
         if node.op not in BODIES:
             return "computes, not only moves"
         return None if task.values[node.outputs[0]].size else "an empty tensor"
-
-    def knobs(self, task: Task) -> Mapping[str, Knob]:
-        """None."""
-        return {}
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
         """Boxes from inputs to the output."""

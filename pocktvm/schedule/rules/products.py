@@ -15,7 +15,7 @@ from pocktvm.schedule.emit import Context, build
 from pocktvm.schedule.fused_block import part_task
 from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.loops import workers, worth_threads
-from pocktvm.schedule.rule import Emitted, Knob, Pack, Task, defaults
+from pocktvm.schedule.rule import Emitted, Knobless, Pack, Task, defaults
 from pocktvm.schedule.rules.matmul import Matmul, Tiled
 from pocktvm.tvm_api import T
 
@@ -33,8 +33,8 @@ class _Part:
     start: int
 
 
-class Products:
-    """Independent products of one input."""
+class Products(Knobless):
+    """Independent products of one input, each with the defaults of its own rule's knobs."""
 
     name = "products"
 
@@ -58,10 +58,6 @@ class Products:
                 return f"a part of {flops} operations fills all cores by itself"
             total += flops
         return None if worth_threads(isa, total) else "too little work for threads"
-
-    def knobs(self, task: Task) -> Mapping[str, Knob]:
-        """None: each part has its defaults."""
-        return {}
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
         """One loop over the tiles of all parts; scratch is shared: a worker does one at a time."""

@@ -12,11 +12,11 @@ from typing import Any
 
 from pocktvm.schedule.emit import Context, build, load, store, vector_loop
 from pocktvm.schedule.loops import grid, worth_threads
-from pocktvm.schedule.rule import Emitted, Knob, Task
+from pocktvm.schedule.rule import Emitted, Knobless, Task
 from pocktvm.tvm_api import T
 
 
-class Put:
+class Put(Knobless):
     """table[o, indices[i], :] = rows[o, i, :]."""
 
     name = "put"
@@ -29,10 +29,6 @@ class Put:
         if task.values[node.inputs[1]].dtype != "int32":
             return f"indices of {task.values[node.inputs[1]].dtype}"
         return None
-
-    def knobs(self, task: Task) -> Mapping[str, Knob]:
-        """None."""
-        return {}
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
         """One row copy an index; indices are distinct, so rows are independent."""

@@ -16,7 +16,7 @@ from pocktvm.schedule.depthwise import Vectors, each_block
 from pocktvm.schedule.emit import Context
 from pocktvm.schedule.expression import Position, finish
 from pocktvm.schedule.inplace import inplace_pairs
-from pocktvm.schedule.rule import Emitted, Knob, Task
+from pocktvm.schedule.rule import Emitted, Knobless, Task
 from pocktvm.schedule.spatial import anchor_of, decline_spatial, outer
 from pocktvm.tvm_api import T, tirx
 
@@ -24,7 +24,7 @@ Expr = Any
 VECTORS = 4
 
 
-class Resize:
+class Resize(Knobless):
     """resize2d and resize2d_grad."""
 
     name = "resize"
@@ -37,10 +37,6 @@ class Resize:
             if not method.startswith(("nearest", "linear")):
                 return f"method {method}"
         return reason
-
-    def knobs(self, task: Task) -> Mapping[str, Knob]:
-        """None: the kernel moves memory."""
-        return {}
 
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
         """One loop over images and rows, then columns, then channels."""
