@@ -1,7 +1,7 @@
 """Where a build is: progress for people, seconds for the manifest, dumps for debugging.
 
 `POCKTVM_DUMP=dir` writes what every stage produced, numbered in order (`00_import.py`,
-`01_differentiate.txt`, …) and `passes.txt`, a table of nodes and seconds per pass.
+`01_differentiate_step.txt`, …) and `passes.txt`, a table of nodes and seconds per pass.
 """
 
 from __future__ import annotations

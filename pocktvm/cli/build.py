@@ -33,7 +33,8 @@ def build(
     ] = "mobilenetv2",
     target: options.Target = "host",
     scheme: Annotated[
-        str, typer.Option(help="full, last, bias:N, blocks:N, pockengine, a TOML, or JSON")
+        str,
+        typer.Option(help="full, last, bias:N, blocks:N, pockengine, lora:N, auto, TOML, or JSON"),
     ] = "pockengine",
     batch: options.Batch = None,
     weights: options.Weights = None,
