@@ -17,6 +17,22 @@ from pocktvm.tvm_api import IRModule, buffer_types, compile_module, tvm, tvm_tar
 rng = np.random.default_rng(0)
 
 
+def values(**types: Any) -> dict[str, Value]:
+    """`x=shape`, or `x=(shape, dtype)`."""
+    return {
+        name: Value(name, *t) if t and isinstance(t[-1], str) else Value(name, tuple(t))
+        for name, t in types.items()
+    }
+
+
+def window_out(size, kernel, stride, padding, dilation) -> list[int]:
+    """Height and width behind a window over (h, w); padding is (top, left, bottom, right)."""
+    return [
+        (n + padding[i] + padding[i + 2] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i, n in enumerate(size)
+    ]
+
+
 def host(lanes: int, lane_fma: bool = False, registers: int | None = None) -> Any:
     """The host, as if its vectors had `lanes` float32."""
     target = load_target("host")

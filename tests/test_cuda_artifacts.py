@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from binary_headers import read_binary
+from cuda_replay import build_driver
+from test_targets_artifacts import FUNCTIONS, LIBC, MODELS, ROOT, assert_equal_losses
 
 from pocktvm.cli.targets import lacks
 from pocktvm.codegen.cuda import lacks_compiler
 from pocktvm.manifest import runs_here
 from pocktvm.targets import load_target
-from tests.binary_headers import read_binary
-from tests.cuda_replay import build_driver
-from tests.test_targets_artifacts import FUNCTIONS, LIBC, MODELS, ROOT, assert_equal_losses
 
 pytestmark = [
     pytest.mark.build,

@@ -13,6 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cuda_replay import Replay, launches_of
+from test_schedule_conv import SHAPES as CONVOLUTIONS
+from test_schedule_conv import geometry as conv_geometry
+from test_schedule_cross_entropy import CASES as LOSSES
+from test_schedule_elementwise import ATTRS, BOOLEAN, COMPARES, count, operands
+from test_schedule_pool import SHAPES as POOLS
+from test_schedule_pool import geometry as pool_geometry
+from test_schedule_reduce import CASES as REDUCTIONS
+from test_schedule_reduce import reduced
 
 from pocktvm.errors import PockError
 from pocktvm.ir.graph import Node, Value
@@ -23,15 +32,6 @@ from pocktvm.schedule.gpu.tile import plan
 from pocktvm.schedule.rule import Task
 from pocktvm.targets import load_target
 from pocktvm.tvm_api import relax, save_attrs
-from tests.cuda_replay import Replay, launches_of
-from tests.test_schedule_conv import SHAPES as CONVOLUTIONS
-from tests.test_schedule_conv import geometry as conv_geometry
-from tests.test_schedule_cross_entropy import CASES as LOSSES
-from tests.test_schedule_elementwise import ATTRS, BOOLEAN, COMPARES, count, operands
-from tests.test_schedule_pool import SHAPES as POOLS
-from tests.test_schedule_pool import geometry as pool_geometry
-from tests.test_schedule_reduce import CASES as REDUCTIONS
-from tests.test_schedule_reduce import reduced
 
 pytestmark = pytest.mark.build
 

@@ -8,10 +8,7 @@ import subprocess
 
 import pytest
 import torch
-
-import pocktvm
-from pocktvm.frontend.resolve import resolve_model
-from tests.equality import (
+from equality import (
     REDUCED,
     SCHEMES,
     Work,
@@ -21,6 +18,9 @@ from tests.equality import (
     torch_run,
     trained_parts,
 )
+
+import pocktvm
+from pocktvm.frontend.resolve import resolve_model
 
 pytestmark = pytest.mark.build
 

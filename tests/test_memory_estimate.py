@@ -1,7 +1,8 @@
 """The estimate from a graph is a lower bound of every plan made from it."""
 
 import pytest
-from graphs import Build, inverted_residual_step
+from graphs import Build
+from sample_graphs import inverted_residual_step
 
 from pocktvm.ir.kernels import ArgSpec, Buffer, Call, Kernel, Kernels, Program
 from pocktvm.memory import estimate, plan, verify

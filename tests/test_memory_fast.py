@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_memory_plan import programs, random_overlap_check, small_step
 
 import pocktvm
 from pocktvm.errors import InternalError, PockError
 from pocktvm.memory import plan, verify
 from pocktvm.runtime.backend import InProcess, _Options
 from pocktvm.targets import load_target, read_target
-from tests.test_memory_plan import programs, random_overlap_check, small_step
 
 
 def test_the_densest_buffers_are_fast():

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from equality import REDUCED, Work, our_run
-from graphs import ops, same_numbers
+from graphs import group_of, ops, same_numbers
+from sample_graphs import perceptron
+from schedule_harness import host, rng, run_rule, values
 from test_masks_built import batch, network
-from test_passes_narrow_saved import perceptron
-from test_passes_rematerialize import peak
-from test_passes_save_masks import group_of, values
 
 import pocktvm
 from pocktvm.ir.graph import Node
+from pocktvm.levers import peak
 from pocktvm.passes import run_passes
 from pocktvm.passes.narrow_saved import narrow_saved
 from pocktvm.reference import eval_node
@@ -26,7 +26,6 @@ from pocktvm.schedule.rules.depthwise import DepthwiseWeightGrad
 from pocktvm.schedule.rules.elementwise import Elementwise
 from pocktvm.schedule.rules.matmul import Matmul
 from pocktvm.targets import load_target
-from tests.schedule_harness import host, rng, run_rule
 
 pytestmark = pytest.mark.build
 
@@ -47,10 +46,7 @@ def run(node, types, rule, lanes, arrays):
 def test_blocks_round_as_the_reference_does(lanes, channels):
     shape = (5, 7, channels)
     exponents = (5, 7, row_blocks(channels, lanes))
-    types = values(x=shape, z=shape) | {
-        "q": values(q=shape)["q"].__class__("q", shape, "int8"),
-        "e": values(e=(exponents, "uint8"))["e"],
-    }
+    types = values(x=shape, z=shape, q=(shape, "int8"), e=(exponents, "uint8"))
     x = magnitudes(shape)
     pack = Node("pack_i8", ("x",), ("q", "e"), {"group": lanes})
     got, want = run(pack, types, Elementwise(), lanes, {"x": x})
@@ -80,8 +76,8 @@ def test_a_byte_of_relu6(lanes):
 @pytest.mark.parametrize("lanes", [4, 16])
 def test_behind_a_product(lanes):
     shape = (9, 83)
-    types = values(a=(9, 7), b=(7, 83), c=shape, e=((9, row_blocks(83, lanes)), "uint8"))
-    types["q"] = types["c"].__class__("q", shape, "int8")
+    types = values(a=(9, 7), b=(7, 83), c=shape, e=((9, row_blocks(83, lanes)), "uint8"),
+                   q=(shape, "int8"))  # fmt: skip
     product = Node("matmul", ("a", "b"), ("c",), dict(transpose_a=False, transpose_b=False))
     pack = Node("pack_i8", ("c",), ("q", "e"), {"group": lanes})
     arrays = {n: rng.standard_normal(types[n].shape).astype(np.float32) for n in "ab"}
@@ -97,8 +93,7 @@ def test_behind_a_product(lanes):
 def test_a_depthwise_gradient_widens_what_it_reads(op, lanes):
     x, dw = (2, 6, 5, 13), (3, 3, 1, 13)
     dtype = "uint8" if op == "unpack_u8" else "uint16"
-    types = values(x=x, dy=x, dw=dw)
-    types["q"] = types["x"].__class__("q", x, dtype)
+    types = values(x=x, dy=x, dw=dw, q=(x, dtype))
     attrs = dict(strides=(1, 1), padding=(1, 1, 1, 1), dilation=(1, 1), groups=13, layout="NHWC")
     gradient = Node("conv2d_weight_grad", ("x", "dy"), ("dw",), attrs)
     body = (Node(op, ("q",), ("x",), {"top": 6.0}), gradient)

@@ -12,8 +12,8 @@ from equality import REDUCED, Work, our_run
 from graphs import Build, ops, same_numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_passes_pipeline import random_graph
-from test_passes_rematerialize import peak
+from sample_graphs import perceptron, random_graph
+from schedule_harness import host, run_rule, values
 
 import pocktvm
 from pocktvm.autodiff.differentiate import differentiate
@@ -21,7 +21,8 @@ from pocktvm.build import Build as Wanted
 from pocktvm.errors import PockError
 from pocktvm.fit import check
 from pocktvm.identity import label_inputs
-from pocktvm.ir.graph import Graph, Node, Value
+from pocktvm.ir.graph import Node
+from pocktvm.levers import peak
 from pocktvm.manifest import read_manifest, summary
 from pocktvm.passes import PIPELINE, pipeline, run_passes
 from pocktvm.passes.fuse import fuse
@@ -32,7 +33,6 @@ from pocktvm.reference import eval_node
 from pocktvm.schedule.rule import Task
 from pocktvm.schedule.rules.elementwise import Elementwise
 from pocktvm.targets import load_target
-from tests.schedule_harness import host, run_rule
 
 pytestmark = pytest.mark.build
 
@@ -51,40 +51,18 @@ def awkward() -> np.ndarray:
 @pytest.mark.parametrize("lanes", [1, 4, 8, 16])
 def test_the_two_operators_round_as_torch_does(lanes):
     x = awkward()
-    values = {n: Value(n, x.shape, d) for n, d in (("x", "float32"), ("b", "uint16"))}
-    values["y"] = Value("y", x.shape)
+    types = values(x=x.shape, b=(x.shape, "uint16"), y=x.shape)
     pack, unpack = Node("pack_bf16", ("x",), ("b",)), Node("unpack_bf16", ("b",), ("y",))
     torchs = torch.from_numpy(x).to(torch.bfloat16)
     nan = torchs.isnan().numpy()
-    (packed,) = run_rule(Task(pack, values, {}, frozenset(), host(lanes)), Elementwise(), {"x": x})
+    (packed,) = run_rule(Task(pack, types, {}, frozenset(), host(lanes)), Elementwise(), {"x": x})
     np.testing.assert_array_equal(packed[~nan], torchs.view(torch.uint16).numpy()[~nan])
-    np.testing.assert_array_equal(eval_node(pack, values, {"x": x})[0][~nan], packed[~nan])
-    task = Task(unpack, values, {}, frozenset(), host(lanes))
+    np.testing.assert_array_equal(eval_node(pack, types, {"x": x})[0][~nan], packed[~nan])
+    task = Task(unpack, types, {}, frozenset(), host(lanes))
     (wide,) = run_rule(task, Elementwise(), {"b": packed})
     assert np.isnan(wide[nan]).all() and nan.sum() > 10
     bits = torchs.float().numpy().view(np.uint32)  # denormals and the sign of zero too
     np.testing.assert_array_equal(wide.view(np.uint32)[~nan], bits[~nan])
-
-
-def perceptron(depth: int = 5, rows: int = 128, width: int = 64) -> Graph:
-    """Before any pass: a layer's input is kept for its weight, its sum for the activation."""
-    b = Build()
-    x, lr = b.input(rows, width), b.scalar("lr")
-    kept, h = [], x
-    weights = [b.param(width, width, name=f"w{i}") for i in range(depth)]
-    for w in weights:
-        z = b.op("matmul", h, w, shape=(rows, width), transpose_a=False, transpose_b=False)
-        kept.append((h, z))
-        h = b.op("gelu", z)
-    loss = b.op("mean", h, shape=(), axes=(0, 1), keepdims=False)
-    d = b.op("broadcast_to", b.const(np.float32(1 / (rows * width))), shape=(rows, width))
-    updates = {}
-    for w, (before, z) in reversed(list(zip(weights, kept, strict=True))):
-        dz = b.op("gelu_grad", d, z, role="gradient")
-        dw = b.op("matmul", before, dz, shape=(width, width), transpose_a=True, transpose_b=False)
-        d = b.op("matmul", dz, w, shape=(rows, width), transpose_a=False, transpose_b=True)
-        updates[w] = b.op("subtract", w, b.op("multiply", dw, lr))
-    return b.graph(updates, loss=loss)
 
 
 def test_what_waits_for_the_backward_pass_is_narrow():

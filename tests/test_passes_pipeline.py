@@ -1,10 +1,9 @@
 """The whole pipeline: a small MobileNet block's training step, and random graphs."""
 
-import numpy as np
 import pytest
-from graphs import Build, inverted_residual_step, ops, same_numbers
+from graphs import ops, same_numbers
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from sample_graphs import inverted_residual_step, random_graph
 
 from pocktvm.passes import PIPELINE, run_passes
 from pocktvm.passes.order import Dag, peak_bytes
@@ -56,71 +55,6 @@ def test_order_never_raises_the_peak():
         graph = function(graph)
     legal = Dag(graph).stable(lambda i: i)
     assert peak_bytes(PIPELINE[-1](graph)) <= Dag(graph).peak(legal)
-
-
-UNARY = ("relu", "sigmoid", "negative", "square", "copy", "relu6")
-
-
-@st.composite
-def random_graph(draw):
-    """A DAG over 4-D values mixing spatial, elementwise, view and reduction operators."""
-    b = Build(draw(st.integers(0, 99)))
-    n, c = draw(st.sampled_from([(1, 4), (2, 3)]))
-    x = b.input(n, c, 4, 4)
-    pool = [x]
-    for _ in range(draw(st.integers(3, 12))):
-        v = draw(st.sampled_from(pool))
-        shape = b.values[v].shape
-        kind = draw(st.integers(0, 8))
-        if kind == 0:
-            w = b.randn(c, c, 3, 3)
-            out = b.conv(v, b.const(w, "w") if draw(st.booleans()) else b.param(c, c, 3, 3))
-        elif kind == 1:
-            out = b.op(draw(st.sampled_from(UNARY)), v)
-        elif kind == 2:
-            op = draw(st.sampled_from(["add", "multiply", "subtract"]))
-            out = b.op(op, v, draw(st.sampled_from(pool)))
-        elif kind == 3:
-            op = draw(st.sampled_from(["add", "multiply"]))
-            out = b.op(op, v, b.const(b.randn(1, c, 1, 1)))
-        elif kind == 4:
-            m = b.op("mean", v, shape=(n, c, 1, 1), axes=(2, 3), keepdims=True)
-            out = b.op("broadcast_to", m, shape=shape)
-        elif kind == 5:
-            flat = b.op("reshape", v, shape=(n, c, 16))
-            turned = b.op("permute_dims", flat, shape=(n, 16, c), axes=(0, 2, 1))
-            back = b.op("permute_dims", b.op("relu", turned), shape=(n, c, 16), axes=(0, 2, 1))
-            out = b.op("reshape", back, shape=shape)
-        elif kind == 6:
-            cut = dict(begin=(0, 1, 0, 0), end=(n, c, 4, 4), strides=(1, 1, 1, 1))
-            part = b.op("strided_slice", v, shape=(n, c - 1, 4, 4), **cut)
-            first = dict(begin=(0, 0, 0, 0), end=(n, 1, 4, 4), strides=(1, 1, 1, 1))
-            other = b.op("strided_slice", v, shape=(n, 1, 4, 4), **first)
-            out = b.op("concat", part, other, shape=shape, axis=1)
-        elif kind == 7:
-            out = b.op("add", v, b.const(np.float32(draw(st.sampled_from([0.0, 0.5])))))
-        else:
-            out = b.op("softmax", v, axis=draw(st.sampled_from([1, 3])))
-        pool.append(out)
-    last = pool[-1]
-    total = b.op("sum", last, shape=(), axes=(0, 1, 2, 3))
-    w = next(iter(b.params), None)
-    updates = {}
-    if w is not None:
-        dw = b.conv(x, last, op="conv2d_weight_grad", shape=b.values[w].shape, pad=1)
-        lr = b.scalar("lr")
-        state = b.param(*b.values[w].shape, name=f"momentum/{w}", kind="optimizer")
-        updates[state] = b.op("add", b.op("multiply", state, b.const(np.float32(0.9))), dw)
-        step = b.op("multiply", updates[state], lr)
-        updates[w] = b.op("subtract", w, step)
-        # a reader of the old weight behind the update, and an update that depends on it
-        dx = b.conv(last, w, op="conv2d_input_grad", shape=(n, c, 4, 4), pad=1)
-        if draw(st.booleans()):
-            dx = b.op("multiply", dx, b.op("sum", step, shape=(), axes=(0, 1, 2, 3)))
-        bias = b.param(c, name="bias")
-        db = b.op("sum", dx, shape=(c,), axes=(0, 2, 3))
-        updates[bias] = b.op("subtract", bias, b.op("multiply", db, lr))
-    return b.graph(updates, loss=total, output=last)
 
 
 @settings(max_examples=40, deadline=None)

@@ -2,49 +2,28 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from equality import REDUCED, Work, assert_losses_equal, assert_updates_equal, our_run, torch_run
-from graphs import Build, inverted_residual_step, same_numbers
+from graphs import Build, same_numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_passes_pipeline import random_graph
+from sample_graphs import inverted_residual_step, perceptron, random_graph
 
 import pocktvm
 from pocktvm.errors import PockError
 from pocktvm.ir.graph import Graph
+from pocktvm.levers import peak
 from pocktvm.passes import run_passes
-from pocktvm.passes.liveness import Lifetimes
 from pocktvm.passes.order import order
 from pocktvm.passes.rematerialize import AGAIN, is_again, rematerialize
 
 pytestmark = pytest.mark.build
 
 
-def peak(graph: Graph) -> int:
-    return int(Lifetimes(graph, graph.nodes, graph.values).live().max())
-
-
-def chain(depth: int = 6, width: int = 64) -> Graph:
-    """A multilayer perceptron with its gradients; every layer's input is kept for its weight."""
-    b = Build()
-    x, lr = b.input(256, width), b.scalar("lr")
-    kept, h = [], x
-    weights = [b.param(width, width, name=f"w{i}") for i in range(depth)]
-    for w in weights:
-        z = b.op("matmul", h, w, shape=(256, width), transpose_a=False, transpose_b=False)
-        kept.append((h, z))
-        h = b.op("gelu", z)
-    loss = b.op("mean", h, shape=(), axes=(0, 1), keepdims=False)
-    d = b.op("broadcast_to", b.const(np.float32(1 / (256 * width))), shape=(256, width))
-    updates = {}
-    for w, (before, z) in reversed(list(zip(weights, kept, strict=True))):
-        dz = b.op("gelu_grad", d, z, role="gradient")
-        dw = b.op("matmul", before, dz, shape=(width, width), transpose_a=True, transpose_b=False)
-        d = b.op("matmul", dz, w, shape=(256, width), transpose_a=False, transpose_b=True)
-        updates[w] = b.op("subtract", w, b.op("multiply", dw, lr))
-    return run_passes(b.graph(updates, loss=loss))
+def chain(depth: int = 6) -> Graph:
+    """Optimised; every layer's input is kept for its weight."""
+    return run_passes(perceptron(depth, rows=256))
 
 
 @pytest.mark.parametrize("share", [0.8, 0.6, 0.55])

@@ -11,13 +11,14 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from graphs import Build, inverted_residual_step, ops, same_numbers
+from graphs import Build, group_of, ops, same_numbers
 from hypothesis import given, settings
-from test_passes_pipeline import random_graph
-from test_passes_rematerialize import peak
+from sample_graphs import inverted_residual_step, random_graph
+from schedule_harness import host, rng, run_rule, values
 
 from pocktvm.errors import InternalError
 from pocktvm.ir.graph import Graph, Node, Value
+from pocktvm.levers import peak
 from pocktvm.passes import PIPELINE, run_passes
 from pocktvm.passes.index_pools import index_pools
 from pocktvm.passes.rematerialize import rematerialize
@@ -31,7 +32,6 @@ from pocktvm.schedule.rules.matmul import Matmul
 from pocktvm.schedule.rules.pool import Pool
 from pocktvm.schedule.rules.reduce import Reduce
 from pocktvm.targets import load_target
-from tests.schedule_harness import host, rng, run_rule
 
 ROWS = [(1, 13), (2, 13), (4, 31), (4, 24), (8, 67), (8, 8), (16, 67), (16, 24)]
 TESTS = [{"test": "relu"}, {"test": "relu6"}, {"test": "clip", "min": -1.0, "max": 2.5}]
@@ -40,13 +40,6 @@ TESTS = [{"test": "relu"}, {"test": "relu6"}, {"test": "clip", "min": -1.0, "max
 def packed(shape, lanes):
     group = min(8, lanes)
     return group, (*shape[:-1], -(-shape[-1] // group))
-
-
-def values(**types):
-    """`name=shape`, or `name=(shape, dtype)`."""
-    return {
-        n: Value(n, t[0], t[1]) if t[-1:] == ("uint8",) else Value(n, t) for n, t in types.items()
-    }
 
 
 def edges(shape):
@@ -68,15 +61,6 @@ def same_bits(node, types, rule, lanes, arrays):
         else:
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4, err_msg=name)
     return expected
-
-
-def group_of(anchor, *body, outputs):
-    """A group of nodes behind an anchor (or of nodes alone)."""
-    nodes = (*([anchor] if anchor else []), *body)
-    made = {o for n in nodes for o in n.outputs}
-    inputs = tuple(dict.fromkeys(i for n in nodes for i in n.inputs if i not in made))
-    attrs = {"anchor": 0 if anchor else None, "kind": anchor.op if anchor else "elementwise"}
-    return Node("group", inputs, outputs, attrs, "", nodes)
 
 
 @pytest.mark.build

@@ -8,10 +8,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from frontend_tools import data_folder
 
 import pocktvm
 from pocktvm.frontend.resolve import Source, resolve_model
-from tests.frontend_tools import data_folder
 
 pytestmark = [pytest.mark.data, pytest.mark.build]
 

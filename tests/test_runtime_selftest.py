@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from graphs import Build
 
 from pocktvm.ir.model import Input
 from pocktvm.recorded import STEADY, first_losses, last_bits_off, record_self_test, spread
-from tests.graphs import Build
 
 
 def step_and_predict(frequency: float):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from schedule_harness import check_rule, host
+from graphs import group_of
+from schedule_harness import check_rule, host, values, window_out
 
-from pocktvm.ir.graph import Node, Value
+from pocktvm.ir.graph import Node
 from pocktvm.schedule.rule import Task
 from pocktvm.schedule.rules.conv import Conv
 from pocktvm.schedule.rules.conv_input_grad import ConvInputGrad
@@ -37,16 +38,9 @@ CASES += [(SHAPES[1], TARGETS[0]), (SHAPES[2], TARGETS[2])]
 
 def geometry(shape):
     n, h, w, cin, cout, kernel, stride, padding, dilation, groups = shape
-    out = [
-        (size + padding[i] + padding[i + 2] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
-        for i, size in enumerate((h, w))
-    ]
+    out = window_out((h, w), kernel, stride, padding, dilation)
     attrs = dict(strides=stride, padding=padding, dilation=dilation, groups=groups, layout="NHWC")
     return (n, h, w, cin), (*kernel, cin // groups, cout), (n, *out, cout), attrs
-
-
-def values(**shapes):
-    return {name: Value(name, tuple(shape)) for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("shape, isa", CASES)
@@ -62,14 +56,13 @@ def test_forward_with_epilogue(shape, isa):
     x, w, y, attrs = geometry(shape)
     c = (y[-1],)
     types = values(x=x, w=w, b=c, r=y, y=y, t=y, u=y, z=y)
-    body = (
+    node = group_of(
         Node("conv2d", ("x", "w"), ("y",), attrs),
         Node("add", ("y", "b"), ("t",)),
         Node("relu6", ("t",), ("u",)),
         Node("add", ("u", "r"), ("z",)),
+        outputs=("u", "z"),
     )
-    about = {"anchor": 0, "kind": "conv2d"}
-    node = Node("group", ("x", "w", "b", "r"), ("u", "z"), about, "", body)
     check_rule(node, types, Conv(), host(*isa), frozen=("w", "b"))
 
 
@@ -84,12 +77,11 @@ def test_input_gradient(shape, isa):
 @pytest.mark.parametrize("shape, isa", [CASES[1], CASES[4]])
 def test_input_gradient_with_mask(shape, isa):
     x, w, y, attrs = geometry(shape)
-    body = (
+    node = group_of(
         Node("conv2d_input_grad", ("dy", "w"), ("dx",), attrs),
         Node("relu_grad", ("dx", "a"), ("z",)),
+        outputs=("z",),
     )
-    about = {"anchor": 0, "kind": "conv2d_input_grad"}
-    node = Node("group", ("dy", "w", "a"), ("z",), about, "", body)
     check_rule(node, values(dy=y, w=w, a=x, dx=x, z=x), ConvInputGrad(), host(*isa))
 
 
@@ -101,19 +93,23 @@ def test_weight_gradient(shape, isa):
     check_rule(node, values(x=x, dy=y, dw=w), ConvWeightGrad(), host(*isa), **block)
 
 
+def update(x, w, dy, attrs):
+    """w - lr dw as one kernel, and its types."""
+    node = group_of(
+        Node("conv2d_weight_grad", ("x", "dy"), ("dw",), attrs),
+        Node("multiply", ("dw", "lr"), ("t",)),
+        Node("subtract", ("w", "t"), ("z",)),
+        outputs=("z",),
+    )
+    return node, values(x=x, dy=dy, dw=w, w=w, lr=(), t=w, z=w)
+
+
 @pytest.mark.parametrize(
     "shape, isa, block", [(SHAPES[1], TARGETS[0], 16), (SHAPES[4], TARGETS[1], 64)]
 )
 def test_weight_gradient_with_update(shape, isa, block):
     x, w, y, attrs = geometry(shape)
-    body = (
-        Node("conv2d_weight_grad", ("x", "dy"), ("dw",), attrs),
-        Node("multiply", ("dw", "lr"), ("t",)),
-        Node("subtract", ("w", "t"), ("z",)),
-    )
-    about = {"anchor": 0, "kind": "conv2d_weight_grad"}
-    node = Node("group", ("x", "dy", "lr", "w"), ("z",), about, "", body)
-    types = values(x=x, dy=y, dw=w, w=w, lr=(), t=w, z=w)
+    node, types = update(x, w, y, attrs)
     check_rule(node, types, ConvWeightGrad(), host(*isa), block=block)
 
 
@@ -140,8 +136,8 @@ def test_winograd(m, n, h, w, cin, cout, padding, isa, frozen, eager):
     shape = (n, h, w, cin, cout, (3, 3), (1, 1), padding, (1, 1), 1)
     x, k, y, attrs = geometry(shape)
     types, known = values(x=x, w=k, dy=y, y=y, z=y, dx=x), ("w",) if frozen else ()
-    body = (Node("conv2d", ("x", "w"), ("y",), attrs), Node("add", ("y", "dy"), ("z",)))
-    node = Node("group", ("x", "w", "dy"), ("z",), {"anchor": 0, "kind": "conv2d"}, "", body)
+    product = Node("conv2d", ("x", "w"), ("y",), attrs)
+    node = group_of(product, Node("add", ("y", "dy"), ("z",)), outputs=("z",))
     check_rule(node, types, WinogradConv(), host(*isa), frozen=known, m=m, tolerance=1e-5)
     node = Node("conv2d_input_grad", ("dy", "w"), ("dx",), attrs)
     check_rule(node, types, WinogradConv(), host(*isa), frozen=known, m=m, tolerance=1e-5)
@@ -151,14 +147,7 @@ def test_winograd(m, n, h, w, cin, cout, padding, isa, frozen, eager):
 def test_winograd_weight_gradient_with_update(m, n, h, w, cin, cout, padding, isa, eager):
     shape = (n, h, w, cin, cout, (3, 3), (1, 1), padding, (1, 1), 1)
     x, k, y, attrs = geometry(shape)
-    body = (
-        Node("conv2d_weight_grad", ("x", "dy"), ("dw",), attrs),
-        Node("multiply", ("dw", "lr"), ("t",)),
-        Node("subtract", ("w", "t"), ("z",)),
-    )
-    about = {"anchor": 0, "kind": "conv2d_weight_grad"}
-    node = Node("group", ("x", "dy", "lr", "w"), ("z",), about, "", body)
-    types = values(x=x, dy=y, dw=k, w=k, lr=(), t=k, z=k)
+    node, types = update(x, k, y, attrs)
     check_rule(node, types, WinogradWeight(), host(*isa), m=m, tolerance=1e-5)
 
 

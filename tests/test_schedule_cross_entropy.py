@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from schedule_harness import check_rule, host, run_rule
 
 from pocktvm.ir.graph import Node, Value
 from pocktvm.reference import eval_node
 from pocktvm.schedule.rule import Task
 from pocktvm.schedule.rules.cross_entropy import CrossEntropy, CrossEntropyGrad
-from tests.schedule_harness import check_rule, host, run_rule
 
 pytestmark = pytest.mark.build
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from schedule_harness import check_rule, host
+from graphs import group_of
+from schedule_harness import check_rule, host, values, window_out
 
-from pocktvm.ir.graph import Node, Value
+from pocktvm.ir.graph import Node
 from pocktvm.schedule.rules.depthwise import DepthwiseConv, DepthwiseInputGrad, DepthwiseWeightGrad
 
 pytestmark = pytest.mark.build
@@ -28,16 +29,9 @@ CASES += [(SHAPES[2], TARGETS[0])]
 
 def geometry(shape):
     n, h, w, c, kernel, stride, padding, dilation = shape
-    out = [
-        (size + padding[i] + padding[i + 2] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
-        for i, size in enumerate((h, w))
-    ]
+    out = window_out((h, w), kernel, stride, padding, dilation)
     attrs = dict(strides=stride, padding=padding, dilation=dilation, groups=c, layout="NHWC")
     return (n, h, w, c), (*kernel, 1, c), (n, *out, c), attrs
-
-
-def values(**shapes):
-    return {name: Value(name, tuple(shape)) for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("shape, isa", CASES)
@@ -46,8 +40,8 @@ def test_forward(shape, isa):
     types = values(x=x, w=w, y=y, b=(y[-1],), t=y, z=y)
     node = Node("conv2d", ("x", "w"), ("y",), attrs)
     if shape[0] == 2:
-        body = (node, Node("add", ("y", "b"), ("t",)), Node("relu6", ("t",), ("z",)))
-        node = Node("group", ("x", "w", "b"), ("z",), {"anchor": 0, "kind": "conv2d"}, "", body)
+        epilogue = Node("add", ("y", "b"), ("t",)), Node("relu6", ("t",), ("z",))
+        node = group_of(node, *epilogue, outputs=("z",))
     check_rule(node, types, DepthwiseConv(), host(*isa))
 
 
@@ -57,9 +51,7 @@ def test_input_gradient(shape, isa):
     types = values(dy=y, w=w, x=x, dx=x, z=x)
     node = Node("conv2d_input_grad", ("dy", "w"), ("dx",), attrs)
     if shape[0] == 2:
-        body = (node, Node("relu6_grad", ("dx", "x"), ("z",)))
-        attrs = {"anchor": 0, "kind": "conv2d_input_grad"}
-        node = Node("group", ("dy", "w", "x"), ("z",), attrs, "", body)
+        node = group_of(node, Node("relu6_grad", ("dx", "x"), ("z",)), outputs=("z",))
     check_rule(node, types, DepthwiseInputGrad(), host(*isa))
 
 
@@ -69,7 +61,5 @@ def test_weight_gradient(shape, isa):
     types = values(x=x, dy=y, dw=w, w=w, z=w)
     node = Node("conv2d_weight_grad", ("x", "dy"), ("dw",), attrs)
     if shape[0] == 2:
-        body = (node, Node("subtract", ("w", "dw"), ("z",)))
-        attrs = {"anchor": 0, "kind": "conv2d_weight_grad"}
-        node = Node("group", ("x", "dy", "w"), ("z",), attrs, "", body)
+        node = group_of(node, Node("subtract", ("w", "dw"), ("z",)), outputs=("z",))
     check_rule(node, types, DepthwiseWeightGrad(), host(*isa))

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from schedule_harness import host, rng, run_rule
-from test_schedule_depthwise import SHAPES, TARGETS, geometry, values
+from schedule_harness import host, rng, run_rule, values
+from test_schedule_depthwise import SHAPES, TARGETS, geometry
 
 from benchmarks.inner_loops import inner_loops
 from pocktvm.ir.graph import Node

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from schedule_harness import check_rule, host
 
 from pocktvm.ir.graph import Node, Value
 from pocktvm.ir.ops import BINARY, ELEMENTWISE, GRADIENTS, UNARY
 from pocktvm.schedule.elementwise_ops import OPS
 from pocktvm.schedule.rules.elementwise import Elementwise
-from tests.schedule_harness import check_rule, host
 
 pytestmark = pytest.mark.build
 

@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
+from graphs import Build, same_numbers
+from schedule_harness import host, run_rule
 
 from pocktvm.ir.graph import Node
 from pocktvm.passes.assign_layout import assign_layout
@@ -14,8 +16,6 @@ from pocktvm.passes.simplify import simplify
 from pocktvm.reference import eval_node
 from pocktvm.schedule.rule import Task
 from pocktvm.schedule.rules.inverted_residual import InvertedResidual
-from tests.graphs import Build, same_numbers
-from tests.schedule_harness import host, run_rule
 
 
 def block_graph(

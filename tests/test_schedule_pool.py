@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from schedule_harness import check_rule, host
+from graphs import group_of
+from schedule_harness import check_rule, host, values, window_out
 
-from pocktvm.ir.graph import Node, Value
+from pocktvm.ir.graph import Node
 from pocktvm.schedule.rules.pool import Pool
 from pocktvm.schedule.rules.resize import Resize
 
@@ -26,16 +27,9 @@ CASES = list(zip(SHAPES, LANES, strict=True))
 
 def geometry(shape):
     n, h, w, c, pool, stride, padding, dilation = shape
-    out = [
-        (size + padding[i] + padding[i + 2] - dilation[i] * (pool[i] - 1) - 1) // stride[i] + 1
-        for i, size in enumerate((h, w))
-    ]
+    out = window_out((h, w), pool, stride, padding, dilation)
     attrs = dict(pool=pool, strides=stride, padding=padding, dilation=dilation, layout="NHWC")
     return (n, h, w, c), (n, *out, c), attrs
-
-
-def values(**shapes):
-    return {name: Value(name, tuple(shape)) for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("shape, lanes", CASES)
@@ -52,9 +46,7 @@ def test_pools(shape, lanes, kind):
     arrays = {"x": np.random.default_rng(1).integers(0, 3, x).astype(np.float32)}
     types = values(dy=y, x=x, dx=x, z=x)
     if lanes == 16:
-        body = (node, Node("relu_grad", ("dx", "m"), ("z",)))
-        about = {"anchor": 0, "kind": node.op}
-        node = Node("group", (*inputs, "m"), ("z",), about, "", body)
+        node = group_of(node, Node("relu_grad", ("dx", "m"), ("z",)), outputs=("z",))
         types |= values(m=x)
     check_rule(node, types, Pool(), host(lanes), arrays=arrays)
 

@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from binary_headers import Binary, read_binary
 
 from pocktvm.cli.targets import lacks
 from pocktvm.targets import FOLDER, load_target
-from tests.binary_headers import Binary, read_binary
 
 pytestmark = pytest.mark.build
 ROOT = Path(__file__).parent.parent

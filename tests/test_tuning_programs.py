@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from deploy_case import *  # noqa: F403 (fixtures)
+from test_tuning import matmul_task
 
 from pocktvm.errors import PockError
 from pocktvm.schedule.compile_kernel import choose_rule
@@ -16,7 +17,6 @@ from pocktvm.tuning.candidate import Candidate, build_candidate
 from pocktvm.tuning.runner_emulated import EmulatedRunner
 from pocktvm.tuning.runner_ssh import SshRunner
 from pocktvm.tuning.runners import CandidateError
-from tests.test_tuning import matmul_task
 
 pytestmark = [pytest.mark.build, pytest.mark.emulated]
 NO_QEMU = "no qemu-aarch64: apt-get install qemu-user libc6-arm64-cross"

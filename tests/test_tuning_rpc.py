@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from test_tuning import matmul_task
 from waiting import wait_until
 
 from pocktvm.tuning.candidate import build_candidate
 from pocktvm.tuning.runner_rpc import RpcRunner
-from tests.test_tuning import matmul_task
 
 pytestmark = pytest.mark.slow
 
