@@ -23,8 +23,8 @@ from pocktvm.files import cache_dir
 from pocktvm.ir.target import Toolchain
 
 C_FOLDER = Path(__file__).parent.parent / "runtime" / "c"
-RUNTIME = ("runtime", "threads", "affinity", "checkpoint", "select", "safetensors", "inputs",
-           "kernel_abi", "process")  # fmt: skip
+RUNTIME = ("runtime", "threads", "affinity", "checkpoint", "restore", "lock", "select",
+           "safetensors", "inputs", "kernel_abi", "process")  # fmt: skip
 RUNNER = ("main", "train", "source", "generate", "selftest", "serve", "library", "json")
 TIMER = ("threads", "affinity", "kernel_abi", "process")
 LOADER = ("elf_loader", "elf_imports")

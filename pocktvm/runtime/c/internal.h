@@ -208,8 +208,10 @@ int pk_copy_input(pocktvm *m, const pocktvm_input *input, const pocktvm_array *a
 int pk_reserve_selections(pocktvm *m);
 const char *pk_bad_selection(const pk_tensor *selection, const int32_t *indices, int64_t position);
 
-/* checkpoint.c */
+/* restore.c */
 int pk_load_initial(pocktvm *m, const char *path);
+
+/* lock.c */
 int pk_lock(pocktvm *m, const char *path);
 void pk_unlock(pocktvm *m);
 
