@@ -17,7 +17,7 @@ from pocktvm.tvm_api import IRModule, buffer_types, compile_module, tvm, tvm_tar
 rng = np.random.default_rng(0)
 
 
-def values(**types: Any) -> dict[str, Value]:
+def typed(**types: Any) -> dict[str, Value]:
     """`x=shape`, or `x=(shape, dtype)`."""
     return {
         name: Value(name, *t) if t and isinstance(t[-1], str) else Value(name, tuple(t))

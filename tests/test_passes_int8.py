@@ -11,7 +11,7 @@ import torch
 from equality import REDUCED, Work, our_run
 from graphs import group_of, ops, same_numbers
 from sample_graphs import perceptron
-from schedule_harness import host, rng, run_rule, values
+from schedule_harness import host, rng, run_rule, typed
 from test_masks_built import batch, network
 
 import pocktvm
@@ -46,7 +46,7 @@ def run(node, types, rule, lanes, arrays):
 def test_blocks_round_as_the_reference_does(lanes, channels):
     shape = (5, 7, channels)
     exponents = (5, 7, row_blocks(channels, lanes))
-    types = values(x=shape, z=shape, q=(shape, "int8"), e=(exponents, "uint8"))
+    types = typed(x=shape, z=shape, q=(shape, "int8"), e=(exponents, "uint8"))
     x = magnitudes(shape)
     pack = Node("pack_i8", ("x",), ("q", "e"), {"group": lanes})
     got, want = run(pack, types, Elementwise(), lanes, {"x": x})
@@ -62,7 +62,7 @@ def test_blocks_round_as_the_reference_does(lanes, channels):
 @pytest.mark.parametrize("lanes", [1, 4, 16])
 def test_a_byte_of_relu6(lanes):
     shape = (3, 37)
-    types = values(x=shape, y=(shape, "uint8"), z=shape)
+    types = typed(x=shape, y=(shape, "uint8"), z=shape)
     x = np.clip(magnitudes(shape), 0, 6)
     pack = Node("pack_u8", ("x",), ("y",), {"top": 6.0})
     (got,), (want,) = run(pack, types, Elementwise(), lanes, {"x": x})
@@ -76,7 +76,7 @@ def test_a_byte_of_relu6(lanes):
 @pytest.mark.parametrize("lanes", [4, 16])
 def test_behind_a_product(lanes):
     shape = (9, 83)
-    types = values(a=(9, 7), b=(7, 83), c=shape, e=((9, row_blocks(83, lanes)), "uint8"),
+    types = typed(a=(9, 7), b=(7, 83), c=shape, e=((9, row_blocks(83, lanes)), "uint8"),
                    q=(shape, "int8"))  # fmt: skip
     product = Node("matmul", ("a", "b"), ("c",), dict(transpose_a=False, transpose_b=False))
     pack = Node("pack_i8", ("c",), ("q", "e"), {"group": lanes})
@@ -93,7 +93,7 @@ def test_behind_a_product(lanes):
 def test_a_depthwise_gradient_widens_what_it_reads(op, lanes):
     x, dw = (2, 6, 5, 13), (3, 3, 1, 13)
     dtype = "uint8" if op == "unpack_u8" else "uint16"
-    types = values(x=x, dy=x, dw=dw, q=(x, dtype))
+    types = typed(x=x, dy=x, dw=dw, q=(x, dtype))
     attrs = dict(strides=(1, 1), padding=(1, 1, 1, 1), dilation=(1, 1), groups=13, layout="NHWC")
     gradient = Node("conv2d_weight_grad", ("x", "dy"), ("dw",), attrs)
     body = (Node(op, ("q",), ("x",), {"top": 6.0}), gradient)

@@ -13,7 +13,7 @@ from graphs import Build, ops, same_numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample_graphs import perceptron, random_graph
-from schedule_harness import host, run_rule, values
+from schedule_harness import host, run_rule, typed
 
 import pocktvm
 from pocktvm.autodiff.differentiate import differentiate
@@ -51,7 +51,7 @@ def awkward() -> np.ndarray:
 @pytest.mark.parametrize("lanes", [1, 4, 8, 16])
 def test_the_two_operators_round_as_torch_does(lanes):
     x = awkward()
-    types = values(x=x.shape, b=(x.shape, "uint16"), y=x.shape)
+    types = typed(x=x.shape, b=(x.shape, "uint16"), y=x.shape)
     pack, unpack = Node("pack_bf16", ("x",), ("b",)), Node("unpack_bf16", ("b",), ("y",))
     torchs = torch.from_numpy(x).to(torch.bfloat16)
     nan = torchs.isnan().numpy()

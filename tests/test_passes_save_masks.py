@@ -14,7 +14,7 @@ import pytest
 from graphs import Build, group_of, ops, same_numbers
 from hypothesis import given, settings
 from sample_graphs import inverted_residual_step, random_graph
-from schedule_harness import host, rng, run_rule, values
+from schedule_harness import host, rng, run_rule, typed
 
 from pocktvm.errors import InternalError
 from pocktvm.ir.graph import Graph, Node, Value
@@ -69,7 +69,7 @@ def test_a_mask_is_written_and_read_by_itself(lanes, channels):
     shape = (2, 3, channels)
     group, bits = packed(shape, lanes)
     test = TESTS[channels % 3]
-    types = values(y=shape, m=(bits, "uint8"), d=shape, z=shape, b=(1, 3, 1), o=shape)
+    types = typed(y=shape, m=(bits, "uint8"), d=shape, z=shape, b=(1, 3, 1), o=shape)
     pack = Node("pack_mask", ("y",), ("m",), {"group": group, **test})
     arrays = {"y": edges(shape)}
     (mask,) = same_bits(pack, types, Elementwise(), lanes, arrays)
@@ -89,7 +89,7 @@ def spatial(op, source, weight, result, lanes, groups=1):
     attrs = dict(strides=(1, 1), padding=(1, 1, 1, 1), dilation=(1, 1), groups=groups,
                  layout="NHWC")  # fmt: skip
     group, bits = packed(result, lanes)
-    types = values(x=source, w=weight, c=result, y=result, z=result, m=(bits, "uint8"))
+    types = typed(x=source, w=weight, c=result, y=result, z=result, m=(bits, "uint8"))
     anchor = Node(op, ("x", "w"), ("c",), attrs)
     if op == "conv2d":
         pack = Node("pack_mask", ("y",), ("m",), {"group": group, "test": "relu6"})
@@ -122,7 +122,7 @@ def test_behind_convolutions(lanes, channels):
 def test_behind_products(lanes, rows, columns):
     shape = (rows, columns)
     group, bits = packed(shape, lanes)
-    types = values(a=(rows, 7), b=(7, columns), c=shape, y=shape, m=(bits, "uint8"), z=shape)
+    types = typed(a=(rows, 7), b=(7, columns), c=shape, y=shape, m=(bits, "uint8"), z=shape)
     product = Node("matmul", ("a", "b"), ("c",), dict(transpose_a=False, transpose_b=False))
     pack = Node("pack_mask", ("y",), ("m",), {"group": group, "test": "relu"})
     node = group_of(product, Node("relu", ("c",), ("y",)), pack, outputs=("y", "m"))
@@ -131,7 +131,7 @@ def test_behind_products(lanes, rows, columns):
     mask = {"m": random_bits(bits, group)}
     node = group_of(product, apply, outputs=("z",))
     same_bits(node, types, Matmul(), lanes, dict(mask))
-    types |= values(b=(columns, 7))
+    types |= typed(b=(columns, 7))
     product = dataclasses.replace(product, attrs=dict(transpose_a=False, transpose_b=True))
     node = group_of(product, apply, outputs=("z",))
     task = Task(node, types, {}, frozenset(), host(lanes))
@@ -145,7 +145,7 @@ def test_behind_products(lanes, rows, columns):
 def test_in_front_of_a_sum(lanes, axes, result):
     shape = (4, 5, 13)
     group, bits = packed(shape, lanes)
-    types = values(d=shape, m=(bits, "uint8"), z=shape, s=result)
+    types = typed(d=shape, m=(bits, "uint8"), z=shape, s=result)
     apply = Node("apply_mask", ("d", "m"), ("z",), {"group": group, "test": "relu"})
     total = Node("sum", ("z",), ("s",), {"axes": axes, "keepdims": False})
     node = Node("group", ("d", "m"), ("s",), {"anchor": 1, "kind": "sum"}, "", (apply, total))
@@ -161,7 +161,7 @@ POOLS = [  # n, h, w, channels, pool, stride, padding, dilation, lanes
 
 
 def test_a_graph_for_wider_vectors_is_refused():
-    types = values(y=(4, 12), m=((4, 2), "uint8"))
+    types = typed(y=(4, 12), m=((4, 2), "uint8"))
     pack = Node("pack_mask", ("y",), ("m",), {"group": 8, "test": "relu"})
     with pytest.raises(InternalError, match="8 channels a byte, 4 in a vector"):
         Elementwise().emit(Task(pack, types, {}, frozenset(), host(4)), {"unroll": 1})
@@ -177,7 +177,7 @@ def test_pools_note_the_first_maximum(case):
         for i, size in enumerate((h, w))
     ]
     x, y = (n, h, w, c), (n, *out, c)
-    types = values(x=x, y=y, i=(y, "uint8"), dy=y, dx=x)
+    types = typed(x=x, y=y, i=(y, "uint8"), dy=y, dx=x)
     arrays = {"x": rng.integers(0, 3, x).astype(np.float32)}  # most windows have several maxima
     node = Node("max_pool2d_indexed", ("x",), ("y", "i"), attrs)
     _, places = same_bits(node, types, Pool(), lanes, dict(arrays))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from equality import Work
 from safetensors.numpy import load_file, save_file
-from test_channels import KINDS, OPTIMIZERS, ZOO, Narrow, interpret, kinds, parts_of, rows
+from slices import KINDS, OPTIMIZERS, ZOO, Narrow, interpret, kinds, parts_of, rows
 from torch import nn
 
 import pocktvm

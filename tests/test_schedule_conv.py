@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 from graphs import group_of
-from schedule_harness import check_rule, host, values, window_out
+from schedule_harness import check_rule, host, typed, window_out
 
 from pocktvm.ir.graph import Node
 from pocktvm.schedule.rule import Task
@@ -48,14 +48,14 @@ def test_forward(shape, isa):
     x, w, y, attrs = geometry(shape)
     node = Node("conv2d", ("x", "w"), ("y",), attrs)
     frozen = ("w",) if shape[1] % 2 else ()
-    check_rule(node, values(x=x, w=w, y=y), Conv(), host(*isa), frozen=frozen)
+    check_rule(node, typed(x=x, w=w, y=y), Conv(), host(*isa), frozen=frozen)
 
 
 @pytest.mark.parametrize("shape, isa", [CASES[1], CASES[2], CASES[7]])
 def test_forward_with_epilogue(shape, isa):
     x, w, y, attrs = geometry(shape)
     c = (y[-1],)
-    types = values(x=x, w=w, b=c, r=y, y=y, t=y, u=y, z=y)
+    types = typed(x=x, w=w, b=c, r=y, y=y, t=y, u=y, z=y)
     node = group_of(
         Node("conv2d", ("x", "w"), ("y",), attrs),
         Node("add", ("y", "b"), ("t",)),
@@ -71,7 +71,7 @@ def test_input_gradient(shape, isa):
     x, w, y, attrs = geometry(shape)
     node = Node("conv2d_input_grad", ("dy", "w"), ("dx",), attrs)
     frozen = ("w",) if shape[1] % 2 else ()
-    check_rule(node, values(dy=y, w=w, dx=x), ConvInputGrad(), host(*isa), frozen=frozen)
+    check_rule(node, typed(dy=y, w=w, dx=x), ConvInputGrad(), host(*isa), frozen=frozen)
 
 
 @pytest.mark.parametrize("shape, isa", [CASES[1], CASES[4]])
@@ -82,7 +82,7 @@ def test_input_gradient_with_mask(shape, isa):
         Node("relu_grad", ("dx", "a"), ("z",)),
         outputs=("z",),
     )
-    check_rule(node, values(dy=y, w=w, a=x, dx=x, z=x), ConvInputGrad(), host(*isa))
+    check_rule(node, typed(dy=y, w=w, a=x, dx=x, z=x), ConvInputGrad(), host(*isa))
 
 
 @pytest.mark.parametrize("shape, isa", CASES)
@@ -90,7 +90,7 @@ def test_weight_gradient(shape, isa):
     x, w, y, attrs = geometry(shape)
     node = Node("conv2d_weight_grad", ("x", "dy"), ("dw",), attrs)
     block = {"block": 16} if shape[0] == 2 else {}
-    check_rule(node, values(x=x, dy=y, dw=w), ConvWeightGrad(), host(*isa), **block)
+    check_rule(node, typed(x=x, dy=y, dw=w), ConvWeightGrad(), host(*isa), **block)
 
 
 def update(x, w, dy, attrs):
@@ -101,7 +101,7 @@ def update(x, w, dy, attrs):
         Node("subtract", ("w", "t"), ("z",)),
         outputs=("z",),
     )
-    return node, values(x=x, dy=dy, dw=w, w=w, lr=(), t=w, z=w)
+    return node, typed(x=x, dy=dy, dw=w, w=w, lr=(), t=w, z=w)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def eager(monkeypatch):
 def test_winograd(m, n, h, w, cin, cout, padding, isa, frozen, eager):
     shape = (n, h, w, cin, cout, (3, 3), (1, 1), padding, (1, 1), 1)
     x, k, y, attrs = geometry(shape)
-    types, known = values(x=x, w=k, dy=y, y=y, z=y, dx=x), ("w",) if frozen else ()
+    types, known = typed(x=x, w=k, dy=y, y=y, z=y, dx=x), ("w",) if frozen else ()
     product = Node("conv2d", ("x", "w"), ("y",), attrs)
     node = group_of(product, Node("add", ("y", "dy"), ("z",)), outputs=("z",))
     check_rule(node, types, WinogradConv(), host(*isa), frozen=known, m=m, tolerance=1e-5)
@@ -154,12 +154,12 @@ def test_winograd_weight_gradient_with_update(m, n, h, w, cin, cout, padding, is
 def test_winograd_declines_and_says_why():
     x, k, y, attrs = geometry((1, 8, 8, 64, 64, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1))
     node = Node("conv2d", ("x", "w"), ("y",), attrs)
-    task = Task(node, values(x=x, w=k, y=y), {}, frozenset({1}), host(8))
+    task = Task(node, typed(x=x, w=k, y=y), {}, frozenset({1}), host(8))
     rule = WinogradConv()
     assert rule.decline(task) is None
     learning = dataclasses.replace(task, frozen=frozenset())
     assert "transforming" in rule.decline(learning)
-    wide = values(x=(4, 32, 32, 64), w=k, y=(4, 32, 32, 64))
+    wide = typed(x=(4, 32, 32, 64), w=k, y=(4, 32, 32, 64))
     assert rule.decline(dataclasses.replace(learning, values=wide)) is None
     small = dataclasses.replace(task, target=task.target.within(64_000_000))
     assert "would grow" in rule.decline(small)

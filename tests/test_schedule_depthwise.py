@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from graphs import group_of
-from schedule_harness import check_rule, host, values, window_out
+from schedule_harness import check_rule, host, typed, window_out
 
 from pocktvm.ir.graph import Node
 from pocktvm.schedule.rules.depthwise import DepthwiseConv, DepthwiseInputGrad, DepthwiseWeightGrad
@@ -37,7 +37,7 @@ def geometry(shape):
 @pytest.mark.parametrize("shape, isa", CASES)
 def test_forward(shape, isa):
     x, w, y, attrs = geometry(shape)
-    types = values(x=x, w=w, y=y, b=(y[-1],), t=y, z=y)
+    types = typed(x=x, w=w, y=y, b=(y[-1],), t=y, z=y)
     node = Node("conv2d", ("x", "w"), ("y",), attrs)
     if shape[0] == 2:
         epilogue = Node("add", ("y", "b"), ("t",)), Node("relu6", ("t",), ("z",))
@@ -48,7 +48,7 @@ def test_forward(shape, isa):
 @pytest.mark.parametrize("shape, isa", CASES)
 def test_input_gradient(shape, isa):
     x, w, y, attrs = geometry(shape)
-    types = values(dy=y, w=w, x=x, dx=x, z=x)
+    types = typed(dy=y, w=w, x=x, dx=x, z=x)
     node = Node("conv2d_input_grad", ("dy", "w"), ("dx",), attrs)
     if shape[0] == 2:
         node = group_of(node, Node("relu6_grad", ("dx", "x"), ("z",)), outputs=("z",))
@@ -58,7 +58,7 @@ def test_input_gradient(shape, isa):
 @pytest.mark.parametrize("shape, isa", CASES)
 def test_weight_gradient(shape, isa):
     x, w, y, attrs = geometry(shape)
-    types = values(x=x, dy=y, dw=w, w=w, z=w)
+    types = typed(x=x, dy=y, dw=w, w=w, z=w)
     node = Node("conv2d_weight_grad", ("x", "dy"), ("dw",), attrs)
     if shape[0] == 2:
         node = group_of(node, Node("subtract", ("w", "dw"), ("z",)), outputs=("z",))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from schedule_harness import host, rng, run_rule, values
+from schedule_harness import host, rng, run_rule, typed
 from test_schedule_depthwise import SHAPES, TARGETS, geometry
 
 from benchmarks.inner_loops import inner_loops
@@ -29,7 +29,7 @@ def group(kind, inputs, outputs, *body):
 def gradients(shape, masked=True, sums=("dy", "z")):
     """The joined group of one layer with its types: relu6 in front, the update of w behind."""
     x, w, y, attrs = geometry(shape)
-    types = values(x=x, dy=y, w=w, dw=w, w2=w, dx=x, z=x, sd=(x[3],), sz=(x[3],), b=(x[3],),
+    types = typed(x=x, dy=y, w=w, dw=w, w2=w, dx=x, z=x, sd=(x[3],), sz=(x[3],), b=(x[3],),
                    b2=(x[3],))  # fmt: skip
     parts = [group("conv2d_weight_grad", ("x", "dy", "w"), ("w2",),
                    Node("conv2d_weight_grad", ("x", "dy"), ("dw",), attrs),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from graphs import group_of
-from schedule_harness import check_rule, host, values, window_out
+from schedule_harness import check_rule, host, typed, window_out
 
 from pocktvm.ir.graph import Node
 from pocktvm.schedule.rules.pool import Pool
@@ -39,15 +39,15 @@ def test_pools(shape, lanes, kind):
     op = f"{kind[:3]}_pool2d"
     if kind == "avg_all":
         attrs["count_include_pad"] = True
-    check_rule(Node(op, ("x",), ("y",), attrs), values(x=x, y=y), Pool(), host(lanes))
+    check_rule(Node(op, ("x",), ("y",), attrs), typed(x=x, y=y), Pool(), host(lanes))
     inputs = ("dy", "x") if kind == "max" else ("dy",)
     node = Node(f"{op}_grad", inputs, ("dx",), attrs)
     # few distinct values: most windows have several maxima
     arrays = {"x": np.random.default_rng(1).integers(0, 3, x).astype(np.float32)}
-    types = values(dy=y, x=x, dx=x, z=x)
+    types = typed(dy=y, x=x, dx=x, z=x)
     if lanes == 16:
         node = group_of(node, Node("relu_grad", ("dx", "m"), ("z",)), outputs=("z",))
-        types |= values(m=x)
+        types |= typed(m=x)
     check_rule(node, types, Pool(), host(lanes), arrays=arrays)
 
 
@@ -60,6 +60,6 @@ def test_resizes(source, size, lanes, kind):
     x, y = (*source, 11), (source[0], *size, 11)
     method = "nearest" if kind == "nearest" else "linear"
     attrs = dict(method=method, align_corners=kind == "corners", layout="NHWC")
-    check_rule(Node("resize2d", ("x",), ("y",), attrs), values(x=x, y=y), Resize(), host(lanes))
+    check_rule(Node("resize2d", ("x",), ("y",), attrs), typed(x=x, y=y), Resize(), host(lanes))
     node = Node("resize2d_grad", ("dy",), ("dx",), attrs)
-    check_rule(node, values(dy=y, dx=x), Resize(), host(lanes))
+    check_rule(node, typed(dy=y, dx=x), Resize(), host(lanes))

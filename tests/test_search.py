@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_channels import KINDS, assert_slices_equal, kinds, parts_of, torch_slices
+from slices import KINDS, assert_slices_equal, kinds, parts_of, torch_slices
 from typer.testing import CliRunner
 from waiting import wait_until
 
