@@ -60,10 +60,12 @@ def torch_run(
     make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
     steps: int = STEPS,
     parts: Mapping[str, tuple[int, list[int]]] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and the final state dict of torch under the same scheme; of a tensor in `parts` only
     those indices of that axis learn."""
-    module = copy.deepcopy(work.source.module).eval()
+    module = copy.deepcopy(work.source.module).eval().to(dtype)
+    x = tuple(t.to(dtype) if t.is_floating_point() else t for t in work.x)
     names = set(trained)
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if name in names:
@@ -76,7 +78,7 @@ def torch_run(
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(module(*work.x), work.y)
+        loss = nn.functional.cross_entropy(module(*x), work.y)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -86,7 +88,7 @@ def torch_run(
                 trained = module.get_parameter(name)[chosen].clone()
                 module.get_parameter(name).copy_(work.source.module.get_parameter(name))
                 module.get_parameter(name)[chosen] = trained
-    return losses, module.state_dict()
+    return losses, module.float().state_dict()
 
 
 def trained_parts(artifact: pocktvm.Artifact) -> dict[str, tuple[int, list[int]]]:

@@ -27,8 +27,10 @@ pytestmark = pytest.mark.build
 FAST = {"mlp", "cnn", "mobilenetv2", "bert", "llama"}
 # Rates at which torch's float32 agrees with its float64: above them a ReLU that flips decides.
 LR = dict.fromkeys(("mobilenetv2", "mcunet", "resnet18", "resnet50"), 1e-3)
-# In full, ResNet-50's two differ by 1.6e-3 at 1e-3 within these ten steps, by 1.6e-5 at 1e-4.
+# In full, ResNet-50's two differ by 1.6e-3 at 1e-3 within these ten steps, at 1e-4 by up to 6e-5 from
+# run to run, so that float64 is what ours is held against there.
 LR_FULL = {**LR, "resnet50": 1e-4}
+IN_DOUBLE = {("resnet50", "full")}
 DEFAULT_LR = 0.01
 
 
@@ -45,7 +47,10 @@ def check(model: str, scheme: str, optimizer, make_optimizer, lr, exempt=lambda 
     tied = work.source.module.state_dict()
     losses, state = our_run(artifact, work, lr)
     parts = trained_parts(artifact)
-    theirs, their_state = torch_run(work, artifact.updated, make_optimizer, parts=parts)
+    dtype = torch.float64 if (model, scheme) in IN_DOUBLE else torch.float32
+    theirs, their_state = torch_run(
+        work, artifact.updated, make_optimizer, parts=parts, dtype=dtype
+    )
     assert_losses_equal(losses, theirs)
     assert_updates_equal(state, their_state, tied, artifact.updated, exempt)
     for name, before in start.items():
@@ -72,9 +77,7 @@ def test_adamw_is_torchs(model, lr):
         return name.endswith((".k.bias", ".key.bias"))
 
     lr = 1e-4 if model in LR else 1e-3
-    check(
-        model, "full", pocktvm.AdamW(lr=lr), lambda p: torch.optim.AdamW(p, lr=lr), lr, exempt
-    )
+    check(model, "full", pocktvm.AdamW(lr=lr), lambda p: torch.optim.AdamW(p, lr=lr), lr, exempt)
 
 
 @pytest.mark.emulated
