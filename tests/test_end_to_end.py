@@ -27,8 +27,8 @@ pytestmark = pytest.mark.build
 FAST = {"mlp", "cnn", "mobilenetv2", "bert", "llama"}
 # Rates at which torch's float32 agrees with its float64: above them a ReLU that flips decides.
 LR = dict.fromkeys(("mobilenetv2", "mcunet", "resnet18", "resnet50"), 1e-3)
-# In full, ResNet-50's two differ by 1.6e-3 at 1e-3 within these ten steps, at 1e-4 by up to 6e-5 from
-# run to run, so that float64 is what ours is held against there.
+# In full, ResNet-50's two differ by 1.6e-3 at 1e-3 within these ten steps, at 1e-4 by up to 6e-5
+# from run to run, so that float64 is what ours is held against there.
 LR_FULL = {**LR, "resnet50": 1e-4}
 IN_DOUBLE = {("resnet50", "full")}
 DEFAULT_LR = 0.01
