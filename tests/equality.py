@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -105,6 +106,20 @@ def our_run(
     with artifact.load() as trainer:
         losses = [trainer.step(*arrays, lr=lr) for _ in range(steps)]
         return losses, trainer.state_dict()
+
+
+def narrow_beside_plain(
+    work: Work, saved: str, out: Path, lr: float = 2e-3, steps: int = 50
+) -> tuple[pocktvm.Artifact, float, list[float], list[float]]:
+    """Trained in full with narrowed and with whole activations: the narrow artifact in `out`, the
+    ratio of their transient bytes, and the losses of both."""
+    module, inputs = work.source.module, work.source.example_inputs
+    options = dict(scheme="full", optimizer=pocktvm.SGD(lr=lr), published=work.source.scheme)
+    plain = pocktvm.compile(module, inputs, **options)
+    narrow = pocktvm.compile(module, inputs, saved=saved, out=out, **options)
+    less, whole = (a.plan.arena_bytes - a.plan.persistent_bytes for a in (narrow, plain))
+    (ours, _), (theirs, _) = (our_run(a, work, lr, steps) for a in (narrow, plain))
+    return narrow, less / whole, ours, theirs
 
 
 def assert_losses_equal(ours: list[float], theirs: list[float]) -> None:

@@ -73,7 +73,6 @@ def test_ratios_are_ours_over_theirs():
     assert ratios(result) == {"tf": {"l2_misses": 0.5}}
 
 
-@pytest.mark.build
 @pytest.mark.emulated
 @pytest.mark.skipif(not shutil.which("qemu-aarch64"), reason="no qemu-user")
 def test_a_step_is_counted(tmp_path):

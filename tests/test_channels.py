@@ -96,7 +96,6 @@ def test_activations_and_optimizer_follow_the_share():
         assert part["optimizer"] == pytest.approx(full["optimizer"] * ratio, rel=0.05)
 
 
-@pytest.mark.build
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_kernels_train_every_kind_of_slice(optimizer):
     module, inputs, labels = kinds()
@@ -116,7 +115,6 @@ def compare(module, inputs, labels, scheme, updated, ours, make, tolerance=2e-4)
     assert_slices_equal(state, their_state, start, updated, tolerance)
 
 
-@pytest.mark.build
 @pytest.mark.parametrize("spec", ZOO)
 def test_zoo_models_learn_in_part(spec):
     scheme, optimizer = ZOO[spec]
@@ -174,7 +172,6 @@ def test_a_channel_that_is_not_there_is_refused_by_number():
         choose(weight(4, 6), Axes(), [0, 6])
 
 
-@pytest.mark.build
 def test_a_checkpoint_holds_the_slice_and_goes_on_bit_for_bit(tmp_path):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).eval()

@@ -53,7 +53,6 @@ def guarded(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return whole, whole[GUARD : GUARD + flat.size]
 
 
-@pytest.mark.build
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_gives_the_references_numbers(name, compiled, replay):
     """Whatever the order of threads between two barriers, and the same bits each time."""
@@ -86,7 +85,6 @@ def run(name: str, compiled: Any, replay: Replay, backwards: bool) -> list[np.nd
     return [middle for _, middle in buffers[len(inputs) : len(inputs) + len(outputs)]]
 
 
-@pytest.mark.build
 def test_a_missing_barrier_is_seen(tmp_path):
     case = CASES["reductions-sum15"]
     task = case.task()
@@ -106,7 +104,6 @@ def test_a_missing_barrier_is_seen(tmp_path):
     assert wrong
 
 
-@pytest.mark.build
 @pytest.mark.parametrize("compiler", ["nvrtc", "nvcc"])
 def test_ptxas_takes_every_kernel(tmp_path, compiled, compiler, monkeypatch):
     from pocktvm.codegen import cuda
@@ -128,7 +125,6 @@ def test_ptxas_takes_every_kernel(tmp_path, compiled, compiler, monkeypatch):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.build
 def test_nvcc_serves_where_nvrtc_is_not(monkeypatch):
     from pocktvm.codegen import cuda
 

@@ -98,7 +98,6 @@ def test_masks_are_fair_coins():
     assert dropout_mask((1000,), 0.0, 3, 5).all()
 
 
-@pytest.mark.build
 def test_training_is_torchs_under_the_same_masks(work, artifact):
     module, x, y = work
     theirs, state = torch_losses(module, x, y)
@@ -121,7 +120,6 @@ def _forward(module, state, x):
     return module(x).detach().numpy()
 
 
-@pytest.mark.build
 def test_resuming_is_never_having_stopped(work, artifact, tmp_path):
     """Bit for bit: the checkpoint knows the seed and the step."""
     x, y = work[1].numpy(), work[2].numpy()
@@ -135,7 +133,6 @@ def test_resuming_is_never_having_stopped(work, artifact, tmp_path):
         assert first + [trainer.step(x, y) for _ in range(3)] == whole
 
 
-@pytest.mark.build
 @pytest.mark.emulated
 def test_another_target_drops_the_same(work, artifact):
     if shutil.which("qemu-aarch64") is None:
@@ -165,7 +162,6 @@ class Attends(nn.Module):
         return self.out(F.dropout(a, 0.25, self.training).mean(1))
 
 
-@pytest.mark.build
 def test_dropout_inside_attention(tmp_path):
     """The self-test holds the kernels against the reference, masks included."""
     import subprocess

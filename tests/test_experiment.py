@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_search import clouds
+from search_case import clouds
 
 import pocktvm
 from pocktvm.errors import PockError

@@ -74,7 +74,6 @@ def torch_lora(work, model, updated, make_optimizer):
     return losses, {n: tensors[n].detach().numpy() for n in updated}, module
 
 
-@pytest.mark.build
 @pytest.mark.parametrize(
     ("spec", "scheme"),
     [
@@ -114,7 +113,6 @@ def test_adapters_learn_as_in_torch(spec, scheme):
         np.testing.assert_allclose(module(*work.x).numpy(), output, atol=2e-4 * scale)
 
 
-@pytest.mark.build
 def test_a_checkpoint_holds_the_adapters_and_merges_into_weights(tmp_path):
     module = nn.Sequential(
         nn.Sequential(nn.Linear(6, 8), nn.Tanh()), nn.Sequential(nn.Linear(8, 8), nn.Tanh()),

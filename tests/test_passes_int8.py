@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from equality import REDUCED, Work, our_run
+from equality import REDUCED, Work, narrow_beside_plain
 from graphs import group_of, ops, same_numbers
 from sample_graphs import perceptron
 from schedule_harness import host, rng, run_rule, typed
@@ -124,14 +124,8 @@ def test_a_build_trains_nearly_alike_in_less_memory(model, monkeypatch, tmp_path
     about as low a loss: MobileNetV2 takes a path of its own."""
     monkeypatch.setenv("POCKTVM_CHECK", "1")
     work = Work.of(REDUCED[model][0], 16)
-    module, inputs = work.source.module, work.source.example_inputs
-    options = dict(scheme="full", optimizer=pocktvm.SGD(lr=2e-3), published=work.source.scheme)
-    plain = pocktvm.compile(module, inputs, **options)
-    narrow = pocktvm.compile(module, inputs, saved="int8", out=tmp_path / "narrow", **options)
-    transient = [a.plan.arena_bytes - a.plan.persistent_bytes for a in (narrow, plain)]
-    assert transient[0] < 0.75 * transient[1]
-    ours, _ = our_run(narrow, work, 2e-3, steps=50)
-    theirs, _ = our_run(plain, work, 2e-3, steps=50)
+    _, ratio, ours, theirs = narrow_beside_plain(work, "int8", tmp_path / "narrow")
+    assert ratio < 0.75
     assert ours[0] == theirs[0] and ours != theirs
     np.testing.assert_allclose(ours[:15], theirs[:15], rtol=0, atol=2e-2)
     assert ours[-1] < ours[0] and abs(ours[-1] - theirs[-1]) < 0.1 * theirs[0]

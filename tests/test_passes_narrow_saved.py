@@ -8,14 +8,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from equality import REDUCED, Work, our_run
+from equality import REDUCED, Work, narrow_beside_plain
 from graphs import Build, ops, same_numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample_graphs import perceptron, random_graph
 from schedule_harness import host, run_rule, typed
 
-import pocktvm
 from pocktvm.autodiff.differentiate import differentiate
 from pocktvm.build import Build as Wanted
 from pocktvm.errors import PockError
@@ -133,16 +132,10 @@ def test_a_build_trains_nearly_alike_in_less_memory(model, monkeypatch, tmp_path
     spec = "cnn:channels=8,depth=4,image=32,classes=5" if model == "cnn" else REDUCED[model][0]
     batch = 16 if model == "cnn" else 32
     work = Work.of(spec, batch)
-    module, inputs = work.source.module, work.source.example_inputs
-    options = dict(scheme="full", optimizer=pocktvm.SGD(lr=2e-3), published=work.source.scheme)
-    plain = pocktvm.compile(module, inputs, **options)
-    narrow = pocktvm.compile(module, inputs, saved="bf16", out=tmp_path / "narrow", **options)
-    transient = [a.plan.arena_bytes - a.plan.persistent_bytes for a in (narrow, plain)]
-    assert transient[0] < 0.85 * transient[1]
+    narrow, ratio, ours, theirs = narrow_beside_plain(work, "bf16", tmp_path / "narrow")
+    assert ratio < 0.85
     done = subprocess.run([narrow.path / "pocktvm-run", narrow.path, "--selftest"], check=False)
     assert done.returncode == 0
-    ours, _ = our_run(narrow, work, 2e-3, steps=50)
-    theirs, _ = our_run(plain, work, 2e-3, steps=50)
     assert ours[0] == theirs[0] and ours != theirs
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-3)
     assert ours[-1] < ours[0]

@@ -77,7 +77,6 @@ def test_random_graphs_keep_their_numbers(graph, share):
     same_numbers(graph, fewer, 1e-6)
 
 
-@pytest.mark.build
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["mobilenetv2", "bert"])
 def test_a_build_with_a_budget_trains_as_torch(model):

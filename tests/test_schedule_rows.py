@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from schedule_harness import check_rule, host
+from schedule_harness import check_rule, host, typed
 
 from pocktvm.ir.graph import Node, Value
 from pocktvm.schedule.rule import Task
@@ -20,10 +20,6 @@ pytestmark = pytest.mark.build
 LANES = [16, 8, 4, 1]
 SHAPES = [(5, 3, 64), (3, 37), (2, 1), (9, 131), (70, 768)]
 rng = np.random.default_rng(3)
-
-
-def typed(**shapes):
-    return {n: Value(n, tuple(s)) for n, s in shapes.items()}
 
 
 def floats(*shape):

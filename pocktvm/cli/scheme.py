@@ -26,14 +26,14 @@ Time = Annotated[
 def scheme(
     data: Annotated[Path, typer.Option(help="safetensors, npz, or a folder of npy")],
     model: Annotated[str, typer.Argument(help="as for build")] = "mobilenetv2",
-    target: Annotated[str, typer.Option(help="a name of `pocktvm targets`, or a TOML")] = "host",
+    target: options.Target = "host",
     budget: options.Budget = None,
     step_time: Time = None,
     method: Annotated[str, typer.Option(help="finetune, fisher or grad-norm")] = "finetune",
     only: Annotated[list[str] | None, typer.Option(help="patterns: weights that may learn")] = None,
     minutes: Annotated[float, typer.Option(min=0.01, help="for all trials together")] = 10.0,
-    batch: Annotated[int | None, typer.Option(min=1, help="samples per step")] = None,
-    weights: Annotated[Path | None, typer.Option(help="safetensors, torch's names")] = None,
+    batch: options.Batch = None,
+    weights: options.Weights = None,
     loss: Annotated[str | None, typer.Option(help="as for build")] = None,
     optimizer: Annotated[str, typer.Option(help="as for build")] = "adam",
     lr: Annotated[
@@ -42,7 +42,7 @@ def scheme(
     seed: Annotated[int, typer.Option(min=0, help="split and order of the samples")] = 0,
     analysis: Annotated[Path | None, typer.Option(help="the table: gone on with, reused")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="scheme.toml to write")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one object on stdout")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure what tensors contribute, choose what fits a budget.
 

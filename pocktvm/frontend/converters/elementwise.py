@@ -85,18 +85,23 @@ def _exponential_unit(importer: Any, x: Any, alpha: float) -> Any:
 LOGICAL = {relax.op.add: relax.op.logical_or, relax.op.multiply: relax.op.logical_and}
 
 
+def _pair(importer: Any, node: fx.Node, scaled: int) -> list[Any]:
+    """Both operands in torch's result type, `alpha` times the one numbered `scaled`."""
+    dtype = result_dtype(node)
+    pair = [operand(importer, value, dtype) for value in node.args[:2]]
+    alpha = argument(node, 2, "alpha", 1)
+    if alpha != 1:
+        product = relax.op.multiply(pair[scaled], const(alpha, dtype))
+        pair[scaled] = importer.block_builder.emit(product)
+    return pair
+
+
 def _arithmetic(function: Any) -> Converter:
-    """Operands promoted to torch's result type; `alpha` scales the second."""
+    """function(x, alpha y)."""
 
     def convert(importer: Any, node: fx.Node) -> Any:
-        dtype, emit = result_dtype(node), importer.block_builder.emit
-        x, y = (operand(importer, value, dtype) for value in node.args[:2])
-        alpha = argument(node, 2, "alpha", 1)
-        if alpha != 1:
-            y = emit(relax.op.multiply(y, const(alpha, dtype)))
-        if dtype == "bool":
-            return emit(LOGICAL[function](x, y))
-        return emit(function(x, y))
+        chosen = LOGICAL[function] if result_dtype(node) == "bool" else function
+        return importer.block_builder.emit(chosen(*_pair(importer, node, 1)))
 
     return convert
 
@@ -116,12 +121,8 @@ converts("pow.Tensor_Tensor", "pow.Scalar")(_arithmetic(relax.op.power))
 @converts("rsub.Tensor", "rsub.Scalar")
 def _reverse_subtract(importer: Any, node: fx.Node) -> Any:
     """y - alpha x."""
-    dtype, emit = result_dtype(node), importer.block_builder.emit
-    x, y = (operand(importer, value, dtype) for value in node.args[:2])
-    alpha = argument(node, 2, "alpha", 1)
-    if alpha != 1:
-        x = emit(relax.op.multiply(x, const(alpha, dtype)))
-    return emit(relax.op.subtract(y, x))
+    x, y = _pair(importer, node, 0)
+    return importer.block_builder.emit(relax.op.subtract(y, x))
 
 
 @converts("div.Tensor_mode")
