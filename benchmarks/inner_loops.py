@@ -6,8 +6,8 @@
 of an iteration, every load a hit: what the ports allow, not a time on a board.
 
 A loop is a backward branch with no other backward branch inside. Loads and stores of vector
-registers relative to the stack pointer inside one are spills: the kernels'
-own loops address buffers through general registers. Encodings: Arm ARM (DDI 0487), C4.1.
+registers relative to the stack pointer inside one are spills: the kernels' own loops address
+buffers through general registers. Encodings: Arm ARM (DDI 0487), C4.1.
 """
 
 from __future__ import annotations

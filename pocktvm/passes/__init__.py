@@ -12,6 +12,7 @@ from functools import partial
 from pocktvm.ir.graph import Graph
 from pocktvm.ir.target import Target
 from pocktvm.passes.assign_layout import assign_layout
+from pocktvm.passes.compare import checking, compare
 from pocktvm.passes.flatten_rows import flatten_rows
 from pocktvm.passes.fold_constants import fold_constants
 from pocktvm.passes.fold_scales import fold_scales
@@ -89,5 +90,3 @@ def run_passes(
             observe(index, function.__name__, graph)
     return graph
 
-
-from pocktvm.passes.compare import checking, compare  # noqa: E402
