@@ -32,7 +32,7 @@ def emit_artifact(
     target: Target,
     out: Path,
 ) -> Path:
-    """Write the artifact folder of docs/design.md to `out`, whole or not at all; returns `out`.
+    """Write the artifact folder (docs/runtime.md) to `out`, whole or not at all; returns `out`.
 
     PockError: the place cannot be written, the disk is full, the linker is missing.
     """

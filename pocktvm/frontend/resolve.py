@@ -44,7 +44,12 @@ class Source:
 
 
 def resolve_model(spec: str, *, batch: int | None = None, weights: Path | None = None) -> Source:
-    """Build what `spec` names; see design, `MODEL`. Raises PockError with the next step."""
+    """Build what `spec` names: a zoo model with options, path/file.py:function, or an ONNX file.
+
+    `batch` is for the zoo, for functions that take it, and for ONNX files whose first axis is open;
+    `weights` a safetensors file with the module's names (an ONNX file holds its own). Raises
+    PockError with the next step.
+    """
     if spec.split(":")[0].endswith(".py"):
         return _from_file(spec, batch, weights)
     if spec.endswith(".onnx"):

@@ -1,7 +1,8 @@
 """What a node costs: FLOPs from its operators, seconds by a plain roofline.
 
 Good for comparing nodes of one graph on one device, not for promising milliseconds: rates are those
-of profiles on one x86-64 core (docs/memory.md), as shares of what a core's two FMA a cycle give.
+of profiles on one x86-64 core, as shares of what its two FMA a cycle give. docs/memory.md has what
+the roofline says of two steps beside what they take.
 """
 
 from __future__ import annotations

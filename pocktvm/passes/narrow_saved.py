@@ -4,7 +4,7 @@
     →  h = f(x); h16 = pack(h); y = g(h); …; loss; …; h~ = unpack(h16); dw = k(h~)
 
 The memory of a training step is mostly what waits for its backward pass: MobileNetV2's, trained in
-full, needs 38.6 instead of 75.0 MB beside its weights, a six-layer encoder's 81.8 instead of 149.6
+full, needs 38.3 instead of 75.1 MB beside its weights, a six-layer encoder's 81.8 instead of 149.6
 (docs/memory.md). The forward pass reads h itself: the loss of given weights stays what it was, and
 gradients are off by what rounding the saved values to eight bits makes of them.
 What is narrowed: float32 values above SMALL bytes that the forward pass computes, whose first

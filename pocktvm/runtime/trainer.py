@@ -35,7 +35,7 @@ from pocktvm.runtime.tensor_file import read_index, read_tensor
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory plan, in bytes; the words are those of docs/design.md."""
+    """The memory plan, in bytes; the words are those of docs/memory.md."""
 
     arena_bytes: int
     lower_bound_bytes: int

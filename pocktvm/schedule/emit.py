@@ -1,10 +1,10 @@
 """Write a kernel's loop nest directly as TIR, with explicit vectors.
 
 Emitting, not scheduling: register tiles are unrolled in Python, vectors are explicit Ramps and
-Broadcasts, accumulators live in a flat local buffer that LLVM keeps in registers. It is what made
-a whole training step twice as fast as the best peer's (docs/performance.md). Every argument is a
-flat one-dimensional buffer; a vector is `width` consecutive float32 values, and `width` may be any
-power of two up to the target's lanes, so tails are narrower vectors, not masks.
+Broadcasts, accumulators live in a flat local buffer that LLVM keeps in registers. That is what the
+step times of docs/performance.md come from. Every argument is a flat one-dimensional buffer; a
+vector is `width` consecutive float32 values, and `width` may be any power of two up to the target's
+lanes, so tails are narrower vectors, not masks.
 """
 
 from __future__ import annotations
