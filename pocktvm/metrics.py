@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pocktvm.errors import PockError
+from pocktvm.ir.losses import LOSSES
 from pocktvm.ir.options import parse_options
 
 if TYPE_CHECKING:
@@ -36,13 +37,13 @@ class Metrics:
 
     def add(self, output: np.ndarray, labels: np.ndarray | None) -> None:
         """Count one batch: model output and labels of the same number of samples."""
-        name, options = parse_options(self.loss, "loss", OPTIONS)
+        name, options = parse_options(self.loss, "loss", LOSSES)
         output = np.asarray(output, np.float64)
         self.samples += len(output) if output.ndim else 1
         if name == "none" or labels is None:
             self.total, self.weight = self.total + float(output.sum()), self.weight + output.size
             return
-        summed, weight = _LOSSES[name](output, np.asarray(labels), options)
+        summed, weight = _SUMS[name](output, np.asarray(labels), options)
         self.total, self.weight = self.total + summed, self.weight + weight
         hits = _hits(name, output, labels, options)
         self.correct, self.counted = self.correct + int(hits.sum()), self.counted + hits.size
@@ -155,7 +156,7 @@ def _cosine_embedding(output: np.ndarray, labels: np.ndarray, options: Options) 
     return float(loss.sum()), float(loss.size)
 
 
-_LOSSES: dict[str, Callable[[np.ndarray, np.ndarray, Options], Summed]] = {
+_SUMS: dict[str, Callable[[np.ndarray, np.ndarray, Options], Summed]] = {
     "cross_entropy": _cross_entropy,
     "bce_with_logits": _bce_with_logits,
     "mse": _mse,
@@ -163,16 +164,4 @@ _LOSSES: dict[str, Callable[[np.ndarray, np.ndarray, Options], Summed]] = {
     "huber": _huber,
     "kl_div": _kl_div,
     "cosine_embedding": _cosine_embedding,
-}
-
-# As pocktvm/autodiff/losses.py defines them; a test compares the two.
-OPTIONS: Mapping[str, Options] = {
-    "cross_entropy": {"label_smoothing": 0.0, "ignore_index": -100, "weight": None},
-    "bce_with_logits": {"pos_weight": None},
-    "mse": {},
-    "l1": {},
-    "huber": {"delta": 1.0},
-    "kl_div": {"log_target": False, "reduction": "mean"},
-    "cosine_embedding": {},
-    "none": {},
 }

@@ -14,6 +14,7 @@ from typing import Any
 
 from pocktvm.autodiff.ops import Emitter, Expr, constant, shape_of
 from pocktvm.errors import PockError
+from pocktvm.ir.losses import LOSSES
 from pocktvm.ir.model import Input
 from pocktvm.ir.options import parse_options
 
@@ -27,12 +28,10 @@ class Kind:
 
     emit     writes its operators
     labels   what it wants as `y`: "class" (indices), "same" (the output's shape) or "none"
-    options  names with their defaults
     """
 
     emit: Emit
-    labels: str  # class | same | none
-    options: Mapping[str, Any]
+    labels: str
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Loss:
         return KINDS[self.name].emit(e, output, labels, self.options)
 
     def __str__(self) -> str:
-        defaults = KINDS[self.name].options
+        defaults = LOSSES[self.name]
         changed = {k: v for k, v in self.options.items() if v != defaults[k]}
         text = ",".join(f"{k}={json.dumps(v)}" for k, v in changed.items())
         return f"{self.name}:{text}" if text else self.name
@@ -88,8 +87,7 @@ def parse_loss(spec: str | Loss) -> Loss:
     """`name` or `name:option=value,…`. Raises PockError with the names or options there are."""
     if isinstance(spec, Loss):
         return spec
-    defaults = {name: kind.options for name, kind in KINDS.items()}
-    name, options = parse_options(spec, "loss", defaults)
+    name, options = parse_options(spec, "loss", LOSSES)
     if name == "cross_entropy" and not 0.0 <= options["label_smoothing"] < 1.0:
         raise PockError(f"label_smoothing={options['label_smoothing']} must lie in [0, 1).")
     if name == "huber" and options["delta"] <= 0:
@@ -198,15 +196,14 @@ def _none(e: Emitter, output: Expr, y: Any, options: Mapping[str, Any]) -> Expr:
     return e.reshape(output, ())
 
 
-_SOFT = {"label_smoothing": 0.0, "ignore_index": -100, "weight": None}
-
+# name, as in ir/losses.py -> how it is written, and the labels it wants
 KINDS: Mapping[str, Kind] = {
-    "cross_entropy": Kind(_cross_entropy, "class", _SOFT),
-    "bce_with_logits": Kind(_bce_with_logits, "same", {"pos_weight": None}),
-    "mse": Kind(_mse, "same", {}),
-    "l1": Kind(_l1, "same", {}),
-    "huber": Kind(_huber, "same", {"delta": 1.0}),
-    "kl_div": Kind(_kl_div, "same", {"log_target": False, "reduction": "mean"}),
-    "cosine_embedding": Kind(_cosine_embedding, "same", {}),
-    "none": Kind(_none, "none", {}),
+    "cross_entropy": Kind(_cross_entropy, "class"),
+    "bce_with_logits": Kind(_bce_with_logits, "same"),
+    "mse": Kind(_mse, "same"),
+    "l1": Kind(_l1, "same"),
+    "huber": Kind(_huber, "same"),
+    "kl_div": Kind(_kl_div, "same"),
+    "cosine_embedding": Kind(_cosine_embedding, "same"),
+    "none": Kind(_none, "none"),
 }
