@@ -16,7 +16,7 @@ from pocktvm.ir.scheme import Scheme
 from pocktvm.search.candidates import Candidates, find_candidates
 from pocktvm.search.finals import gains_of, hold_final, judged, winner
 from pocktvm.search.planner import Planner
-from pocktvm.search.select import Choice, Limits, Recipe, Selector, check_smallest
+from pocktvm.search.select import UNUSED, Choice, Limits, Recipe, Selector, check_smallest
 from pocktvm.search.table import Table
 from pocktvm.units import format_bytes
 
@@ -118,11 +118,9 @@ def search(
 def _fitting(
     selector: Selector, recipe: Recipe, choice: Choice, limits: Limits, progress: Progress | None
 ) -> tuple[Choice, int]:
-    """The choice of a recipe whose plan, kernels compiled, is within the limit, and that plan's
-    bytes.
-
-    Choices are compared by estimates; what those miss of the real plan is taken off the limit.
-    """
+    """The choice of a recipe whose plan, kernels compiled, is within the limit and uses it, and
+    that plan's bytes. Choices are compared by estimates: what those miss of the real plan is taken
+    off the limit, what they say too much is added to it."""
     missed, limit = 0, limits.total_bytes
     for _ in range(ATTEMPTS):
         planned = selector.planner.plan(choice.updated, progress)
@@ -131,7 +129,36 @@ def _fitting(
         missed = max(missed + 1, planned - choice.cost.total_bytes)
         less = replace(limits, total_bytes=max(0, limit - missed))
         choice = selector.make(recipe, less) or selector.best(less)
-    return choice, planned
+    if limit is None or planned > limit:
+        return choice, planned
+    return _enlarged(selector, recipe, (choice, planned), limits, progress)
+
+
+def _enlarged(
+    selector: Selector,
+    recipe: Recipe,
+    found: tuple[Choice, int],
+    limits: Limits,
+    progress: Progress | None,
+) -> tuple[Choice, int]:
+    """The recipe's choice with what the plan of `found` leaves of the limit, where that fits."""
+    assert limits.total_bytes is not None
+    share = 1.0  # of what is left, that is taken to be there
+    for _ in range(ATTEMPTS):
+        choice, planned = found
+        left = limits.total_bytes - planned
+        if left < UNUSED * limits.total_bytes:
+            break
+        more = replace(limits, total_bytes=choice.cost.total_bytes + int(share * left))
+        larger = selector.make(recipe, more)
+        if larger is None or larger.cost.total_bytes <= choice.cost.total_bytes:
+            break
+        took = selector.planner.plan(larger.updated, progress)
+        if took <= limits.total_bytes:
+            found = larger, took
+        else:
+            share /= 2
+    return found
 
 
 def default_path(facts: Mapping[str, Any]) -> Path:

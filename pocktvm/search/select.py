@@ -25,7 +25,8 @@ from pocktvm.units import format_bytes
 
 PROXIES = ("fisher", "grad-norm")  # methods whose scores carry no noise of trials
 BINS = 200  # of the knapsack's capacity
-ROUNDS = 6  # of moving it
+ROUNDS = 8  # of moving it, at most
+UNUSED = 0.03  # of the bytes: more than that a choice should not leave
 BETWEEN = (0.15, 0.4, 0.7)  # of the way from the smallest plan to the chosen one
 
 
@@ -69,6 +70,10 @@ class Limits:
         return (self.total_bytes is None or cost.total_bytes <= self.total_bytes) and (
             self.work is None or cost.work <= self.work
         )
+
+    def used(self, cost: Cost) -> bool:
+        """True when hardly any of the bytes are left."""
+        return self.total_bytes is not None and cost.total_bytes > (1 - UNUSED) * self.total_bytes
 
 
 def check_smallest(planner: Planner, candidates: Candidates, limits: Limits) -> None:
@@ -151,19 +156,25 @@ class Selector:
         found = {(r.name, r.share): r.gain for r in rows if r.name in self.candidates.weights}
         return found if self.table.facts.get("method") in PROXIES else smoothed(found, SHARES)
 
-    def _items(self, depth: str, even: bool = False) -> list[tuple[str, float, float]]:
-        """(weight, share, gain) a backward pass of that depth comes by, where there is a gain."""
-        return [
-            (name, share, share**0.5 if even else gain)
-            for (name, share), gain in self._gains.items()
-            if (gain > 0 or even) and self.candidates.reaches(depth, name)
-        ]
+    def _items(
+        self, depth: str, even: bool = False, fill: bool = False
+    ) -> list[tuple[str, float, float]]:
+        """(weight, share, gain) a backward pass of that depth comes by, where there is a gain;
+        with `fill` also where none was seen, at next to nothing, for room that is left."""
+        nothing = 1e-3 * min((gain for gain in self._gains.values() if gain > 0), default=1.0)
+        found = []
+        for (name, share), gain in self._gains.items():
+            if self.candidates.reaches(depth, name) and (gain > 0 or even or fill):
+                alike = share**0.5 * (1.0 if even else nothing)
+                found.append((name, share, alike if even or gain <= 0 else gain))
+        return found
 
     def finalists(self, limits: Limits) -> list[tuple[Recipe, Choice]]:
         """Different choices within the limits, each with how it comes about; the one with the
         largest sum of contributions first."""
         best = self.best(limits)
-        found = [(Recipe("contributions", best.depth, {}), best)]
+        recipe = Recipe("contributions", best.depth, {})
+        found = [(recipe, self.make(recipe, limits) or best)]
         spread = [Recipe("contributions", depth, {}) for depth in self._spread()]
         for recipe in [*self._published(limits), *self._whole(limits), *spread]:
             choice = self.make(recipe, limits)
@@ -172,8 +183,10 @@ class Selector:
         return found
 
     def make(self, recipe: Recipe, limits: Limits) -> Choice | None:
-        """The choice of a recipe; None where its base exceeds the limits."""
-        items = [i for i in self._items(recipe.depth, recipe.even) if i[0] not in recipe.base]
+        """The choice of a recipe; None where its base exceeds the limits. What few steps saw no
+        gain of may still learn something in many: a budget is filled."""
+        items = self._items(recipe.depth, recipe.even, fill=limits.total_bytes is not None)
+        items = [item for item in items if item[0] not in recipe.base]
         return self._grown(recipe.depth, recipe.base, items, limits)
 
     def _spread(self) -> list[str]:
@@ -243,7 +256,10 @@ class Selector:
         if not items:
             return best
         costs = [self._modelled(name, share) for name, share, _ in items]
-        low, high = 0.0, float(sum(costs))
+        largest: dict[str, float] = {}
+        for (name, _, _), cost in zip(items, costs, strict=True):
+            largest[name] = max(cost, largest.get(name, 0.0))
+        low, high = 0.0, sum(largest.values())
         whole = self._plan(depth, {**base, **self._chosen(items, costs, high)})
         if limits.hold(whole.cost):
             return whole
@@ -252,6 +268,8 @@ class Selector:
             choice = self._plan(depth, {**base, **self._chosen(items, costs, middle)})
             if limits.hold(choice.cost):
                 low, best = middle, choice
+                if limits.used(choice.cost):
+                    break
             else:
                 high = middle
         return best
@@ -293,7 +311,7 @@ class Selector:
     def _plan(self, depth: str, weights: Mapping[str, float]) -> Choice:
         updated = dict(self.candidates.biases(depth))
         updated |= {name: self.candidates.part(name, share) for name, share in weights.items()}
-        gains = [self._gains.get(item, 0.0) for item in weights.items()]
+        gains = [max(0.0, self._gains.get(item, 0.0)) for item in weights.items()]
         gain = math.fsum([self._bias_gain(depth), *gains])  # the same in any order
         if self.progress:
             self.progress("plan schemes", f"{self.planner.planned + 1}")
