@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 from schedule_harness import check_rule, host
 
 from pocktvm.ir.graph import Node, Value
-from pocktvm.schedule.gemm import describe
+from pocktvm.schedule.gemm import Gemm, describe
+from pocktvm.schedule.gemm_tiled import longest_share
+from pocktvm.schedule.gemm_walk import walks
 from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.rule import Task, defaults
-from pocktvm.schedule.rules.matmul import Matmul, longest_share
+from pocktvm.schedule.rules.matmul import Matmul
 from pocktvm.tvm_api import IRModule, compile_module, tvm_target
 
 pytestmark = pytest.mark.build
@@ -83,6 +86,51 @@ def test_batches(ta, tb, batch_a, batch_b):
 def test_forms(size, ta, tb, knobs):
     node, values = with_epilogue(*matmul(*size, ta, tb))
     check_rule(node, values, Matmul(), host(16), **knobs)
+
+
+@pytest.mark.parametrize("isa", TARGETS)
+@pytest.mark.parametrize(
+    "m, n, k, knobs",
+    [
+        (24, 144, 1501, {}),  # strips of blocks, and what is left of K
+        (144, 24, 2048, {}),  # tiles of C^T on wide vectors
+        (33, 17, 1501, {"kc": 64, "mr": 6}),
+        (7, 90, 513, {"kc": 1024}),  # a block deeper than K
+        (1, 3, 600, {}),
+    ],
+)
+def test_a_walk_along_k(m, n, k, knobs, isa):
+    node, values = with_epilogue(*matmul(m, n, k, True, False))
+    target = host(*isa)
+    task = Task(node, values, {}, frozenset(), target)
+    assert Matmul().knobs(task)["form"].default == "walk"
+    check_rule(node, values, Matmul(), target, **knobs)
+
+
+def test_a_walk_is_for_long_sums_into_a_small_result():
+    isa = host(16).isa
+    gemm = Gemm("a", "b", "c", 24, 144, 8192, transpose_a=True)
+    assert walks(isa, gemm)
+    refused = ({"k": 100}, {"n": 4096}, {"transpose_a": False}, {"batch": 2}, {"causal": "a"})
+    assert not any(walks(isa, dataclasses.replace(gemm, **changes)) for changes in refused)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize(
+    "size, tb, knobs",
+    [
+        ((333, 70, 29), False, {}),  # rows outside, two panels
+        ((333, 23, 18), False, {"mr": 12}),
+        ((333, 23, 70), True, {}),  # one panel, copied
+        ((333, 150, 30), True, {}),
+    ],
+)
+def test_rows_asked_for_ahead(size, tb, knobs, cores):
+    """As where A and C are larger than the second-level cache: the end of memory included."""
+    target = host(16)
+    isa = dataclasses.replace(target.isa, l2_bytes=8192, cores=cores)
+    node, values = with_epilogue(*matmul(*size, False, tb))
+    check_rule(node, values, Matmul(), dataclasses.replace(target, isa=isa), **knobs)
 
 
 @pytest.mark.parametrize("op", ["conv2d", "conv2d_input_grad", "conv2d_weight_grad"])

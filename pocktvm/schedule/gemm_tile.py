@@ -26,7 +26,7 @@ from pocktvm.schedule.emit import (
 from pocktvm.schedule.expression import Position, finish
 from pocktvm.schedule.gemm import Gemm
 from pocktvm.schedule.loops import balanced, ceil_div
-from pocktvm.schedule.prefetch import Ahead, prefetch_epilogue
+from pocktvm.schedule.prefetch import Asker, prefetch_epilogue
 from pocktvm.tvm_api import T, tirx
 
 Expr = Any
@@ -64,6 +64,12 @@ def register_tile(isa: Isa, gemm: Gemm, packed: bool = True) -> tuple[int, int]:
     return mr, nv * isa.lanes
 
 
+def tile_cost(isa: Isa, gemm: Gemm) -> float:
+    """Cycles of one k over the whole of C, in the register tiles of `register_tile`."""
+    mr, nr = register_tile(isa, gemm, False)
+    return _cycles(isa, gemm.m, ceil_div(gemm.n, isa.lanes), mr, nr // isa.lanes)
+
+
 def _cycles(isa: Isa, m: int, vectors_n: int, rows: int, v: int) -> float:
     """Cycles of one k over the whole of C, tails included (dot.tile_cycles)."""
     rows = min(rows, m)
@@ -90,7 +96,7 @@ class Tile:
 
     def multiply(
         self, acc: Any, row: Expr, rows: int, width: int, k0: Expr, extent: int, read_b: ReadB,
-        ahead: Ahead | None = None,
+        ahead: Asker | None = None,
     ) -> None:  # fmt: skip
         """acc += A[row : row + rows, k0 : k0 + extent] B[that k, the panel]; read_b counts k from
         k0. `ahead`: what to ask memory for meanwhile."""
@@ -163,10 +169,13 @@ class Tile:
             row = self.batch * self.gemm.m + row
         return Position(shape, row, column, width)
 
-    def prefetch(self, row: Expr, rows: int, column: Expr, width: int) -> None:
-        """Ask for what the epilogue of a tile will touch."""
+    def prefetch(
+        self, row: Expr, rows: int, column: Expr, width: int, streamed: Sequence[str] = ()
+    ) -> None:
+        """Ask for what the epilogue of a tile will touch, but for what is `streamed`."""
         for r in range(rows):
-            prefetch_epilogue(self.ctx, self.gemm.c, self.position(row + r, column, width))
+            at = self.position(row + r, column, width)
+            prefetch_epilogue(self.ctx, self.gemm.c, at, streamed)
 
     def finish(self, acc: Any, row: Expr, rows: int, column: Expr, width: int) -> None:
         """The epilogue on registers: unrolled when light, else a loop over rows of a copy."""

@@ -4,14 +4,16 @@ of a weight that is read next.
 A step runs through far more memory than the caches hold, so a residual, a weight or its update
 comes from main memory: 100 ns, the length of a whole tile of 64 values of k. Asked for before the
 tile's sums it is there after them (1x1 convolutions to 256 channels with a residual: 80 to 105
-GFLOP/s). Only for processors with wide vectors: they are what it was measured on.
+GFLOP/s). What is larger than the second-level cache is asked for in the order of memory, some
+thousand cycles ahead (a 1x1 convolution from 16 to 96 channels on 64x64 pixels: 70 to 92). Only for
+processors with wide vectors: they are what it was measured on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from pocktvm.ir.target import Isa
 from pocktvm.schedule.emit import Context, prefetch
@@ -54,10 +56,23 @@ def prefetch_stream(ctx: Context, name: str, at: Expr, count: int) -> None:
         prefetch(ctx.buffers[name], at + value, level=2)
 
 
-def prefetch_epilogue(ctx: Context, result: str, at: Position) -> None:
+def prefetch_lines(ctx: Context, name: str, at: Expr, count: int) -> None:
+    """`count` lines from the value at `at` on, into the second-level cache; beyond the end, its
+    last line."""
+    last = tirx.const(ctx.task.values[name].size - 1, "int32")
+    for i in range(count):
+        prefetch(ctx.buffers[name], tirx.Min(at + i * LINE, last), level=2)
+
+
+def prefetch_epilogue(
+    ctx: Context, result: str, at: Position, streamed: Sequence[str] = ()
+) -> None:
     """The lines of every operand and output of the epilogue under one vector of `at.width`
-    values, a whole row of a tile; `result` is the anchor's output."""
+    values, a whole row of a tile; `result` is the anchor's output. `streamed`: those asked for
+    already."""
     for name, write in _streams(ctx, result):
+        if name in streamed:
+            continue
         for column in range(0, at.width, LINE):
             prefetch(ctx.buffers[name], at.flat + column, write)
 
@@ -71,6 +86,49 @@ def _streams(ctx: Context, result: str) -> Iterator[tuple[str, bool]]:
         whole = task.shape(name) == task.shape(result) and name not in task.literals
         if whole and worthwhile(ctx, name) and (name in read or name in task.node.outputs):
             yield name, name in task.node.outputs
+
+
+class Asker(Protocol):
+    """What a register tile asks memory for while it multiplies."""
+
+    def emit(self, row: Expr, k: Expr) -> None:
+        """The share of one step: k of the tile that begins at `row`."""
+
+
+def row_streams(ctx: Context, a: str, result: str, k: int, n: int) -> tuple[tuple[str, int], ...]:
+    """(name, values of a row) of A[M, k] and of what the epilogue of `result` [M, n] reads and
+    writes, as far as it is larger than the second-level cache."""
+    names = [(a, k), *((name, n) for name, _ in _streams(ctx, result))]
+    return tuple((name, width) for name, width in names if streams(ctx.task, name))
+
+
+@dataclass(frozen=True)
+class RowsAhead:
+    """The next `height` rows of every stream, while a product works on all columns of these: asked
+    for in the order of memory by `panels` tiles side by side, this one number `panel`, that take
+    `steps` steps of `unroll` values of k each."""
+
+    ctx: Context
+    streams: tuple[tuple[str, int], ...]  # (name, values of a row)
+    height: int
+    panel: Expr
+    panels: int
+    steps: int
+    unroll: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is asked for."""
+        return tuple(name for name, _ in self.streams)
+
+    def emit(self, row: Expr, k: Expr) -> None:
+        """The share of one step: k of the tile that begins at `row`."""
+        step = T.bind(self.panel * self.steps + k // self.unroll)
+        for name, width in self.streams:
+            lines = ceil_div(self.height * width, LINE)
+            share = ceil_div(lines, self.panels * self.steps)
+            at = (row + self.height) * width + step * (share * LINE)
+            prefetch_lines(self.ctx, name, at, share)
 
 
 @dataclass(frozen=True)

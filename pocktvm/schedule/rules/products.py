@@ -13,10 +13,11 @@ from typing import Any
 
 from pocktvm.schedule.emit import Context, build
 from pocktvm.schedule.fused_block import part_task
+from pocktvm.schedule.gemm_tiled import Tiled
 from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.loops import workers, worth_threads
 from pocktvm.schedule.rule import Emitted, Knobless, Pack, Task, defaults
-from pocktvm.schedule.rules.matmul import Matmul, Tiled
+from pocktvm.schedule.rules.matmul import Matmul
 from pocktvm.tvm_api import T
 
 Expr = Any
@@ -51,8 +52,9 @@ class Products(Knobless):
             reason = rule.decline(part)
             if reason is not None:
                 return reason
-            if rule.knobs(part)["form"].default == "dot":
-                return "a part is a handful of dot products"
+            form = rule.knobs(part)["form"].default
+            if form in ("dot", "walk"):
+                return f"a part's form, {form}, has no tiles to deal out"
             flops = rule.describe(part).flops
             if worth_threads(isa, flops / ENOUGH):
                 return f"a part of {flops} operations fills all cores by itself"
