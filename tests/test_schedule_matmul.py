@@ -78,6 +78,9 @@ def test_batches(ta, tb, batch_a, batch_b):
         ((700, 80, 90), False, False, {"order": "rows", "mr": 7, "nr": 16}),
         ((700, 80, 90), False, False, {"order": "panels"}),
         ((130, 160, 97), False, False, {"form": "direct", "nr": 64}),  # a chunk a core
+        ((700, 80, 90), False, True, {"form": "copied", "order": "rows"}),
+        ((701, 800, 90), False, True, {"form": "copied", "order": "panels"}),
+        ((700, 80, 90), False, False, {"form": "copied", "order": "rows", "nr": 48}),
         ((900, 3, 300), False, False, {}),  # dots against a transposed copy
         ((7, 900, 300), False, True, {}),
         ((7, 900, 300), False, True, {"form": "local"}),
@@ -115,6 +118,16 @@ def test_a_walk_is_for_long_sums_into_a_small_result():
     assert not any(walks(isa, dataclasses.replace(gemm, **changes)) for changes in refused)
 
 
+def test_b_is_copied_whole_where_rows_of_a_large_result_are_walked_once():
+    def form(m, n, k):
+        node, values = matmul(m, n, k, False, True)
+        return Matmul().knobs(Task(node, values, {}, frozenset(), host(16)))["form"].default
+
+    assert host(16).isa.l2_bytes < 4 * 8192 * 144
+    assert form(8192, 144, 24) == "copied"
+    assert form(8192, 16, 24) == form(64, 144, 24) == form(8192, 2048, 2048) == "local"
+
+
 @pytest.mark.parametrize("cores", [1, 2])
 @pytest.mark.parametrize(
     "size, tb, knobs",
@@ -123,6 +136,7 @@ def test_a_walk_is_for_long_sums_into_a_small_result():
         ((333, 23, 18), False, {"mr": 12}),
         ((333, 23, 70), True, {}),  # one panel, copied
         ((333, 150, 30), True, {}),
+        ((334, 150, 30), True, {"form": "copied", "order": "rows"}),
     ],
 )
 def test_rows_asked_for_ahead(size, tb, knobs, cores):

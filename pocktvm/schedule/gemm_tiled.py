@@ -1,7 +1,8 @@
 """The register-tile forms of a matrix product: independent tasks, each some tiles of C.
 
 Where B comes from: *packed* panels [panel][K][NR] of a constant; *direct*, read in place; *local*,
-a panel copied K block by K block to a worker's scratch. Tasks are tiles of C, so sums never depend
+a panel copied K block by K block to a worker's scratch; *copied*, all of its panels in scratch
+before the first task. Tasks are tiles of C, so sums never depend
 on the number of threads.
 """
 
@@ -33,6 +34,7 @@ from pocktvm.schedule.transpose import Matrix, copy_transposed
 from pocktvm.tvm_api import T, tirx
 
 Expr = Any
+COPY_COST = 32  # of an element of B, in operations of a product
 PARTIAL_BYTES = 24 * 1024  # of a worker's partial sums when K takes several blocks
 
 
@@ -74,6 +76,8 @@ class Tiled:
             for worker, (flat,) in workers((self.tasks,), self.workers):
                 self.tile(ctx, flat, worker)
             return
+        if self.form == "copied":
+            self._copy_panels(ctx)
         if self.order == "rows":
             for (flat,) in grid((self.tasks,), self.parallel):
                 self.tile(ctx, flat, zero())
@@ -139,6 +143,8 @@ class Tiled:
         base = tile.batch * (gemm.k * gemm.n) if gemm.b_batched else zero()
 
         def read(k: Expr, c: int, w: int) -> Expr:
+            if self.form == "copied":
+                return load(ctx.workspaces[0], column * gemm.k + k * width + c, w)
             if self.form == "packed":
                 return ctx.load(gemm.b, base + column * gemm.k + k * width + c, w)
             return ctx.load(gemm.b, base + k * gemm.n + column + c, w)
@@ -163,7 +169,9 @@ class Tiled:
 
     @property
     def workspaces(self) -> tuple[tuple[int, str], ...]:
-        """The scratch of all workers."""
+        """The scratch of all workers, or the one copy of B."""
+        if self.form == "copied":
+            return ((self.gemm.k * self.gemm.n, "float32"),)
         return tuple((self.workers * size, "float32") for size in self.scratch)
 
     @property
@@ -172,6 +180,15 @@ class Tiled:
         if self.form != "local":
             return ()
         return (self.depth * self.nr, *([self.chunk * self.nr] if self.blocks > 1 else []))
+
+    def _copy_panels(self, ctx: Context) -> None:
+        """All of B to its panels in scratch, by all threads where that pays."""
+        gemm, tile = self.gemm, Tile(ctx, self.gemm, zero())
+        parallel = self.parallel and worth_threads(self.isa, COPY_COST * gemm.k * gemm.n)
+        for (p,) in grid((self.panels,), parallel):
+            for column, width in tile_at(p, gemm.n, self.nr):
+                panel = Panel(ctx.workspaces[0], column * gemm.k, width)
+                self._pack(tile, panel, column, zero(), gemm.k)
 
     def _local(self, tile: Tile, p: Expr, c: Expr, worker: Expr) -> None:
         """Every task packs its panel of B; one block of K, or several with partial sums."""

@@ -53,7 +53,7 @@ class Products(Knobless):
             if reason is not None:
                 return reason
             form = rule.knobs(part)["form"].default
-            if form in ("dot", "walk"):
+            if form in ("dot", "walk", "copied"):
                 return f"a part's form, {form}, has no tiles to deal out"
             flops = rule.describe(part).flops
             if worth_threads(isa, flops / ENOUGH):
