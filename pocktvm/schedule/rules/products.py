@@ -40,7 +40,7 @@ class Products(Knobless):
     name = "products"
 
     def decline(self, task: Task) -> str | None:
-        """Declines other groups, one core, parts that are no tiled product, and large ones."""
+        """Declines other groups, one core, large parts, and those that are not only tiles."""
         if task.node.attrs.get("kind") != KIND:
             return "no products of one input"
         isa = task.target.isa
@@ -52,12 +52,12 @@ class Products(Knobless):
             reason = rule.decline(part)
             if reason is not None:
                 return reason
-            form = rule.knobs(part)["form"].default
-            if form in ("dot", "walk", "copied"):
-                return f"a part's form, {form}, has no tiles to deal out"
             flops = rule.describe(part).flops
             if worth_threads(isa, flops / ENOUGH):
                 return f"a part of {flops} operations fills all cores by itself"
+            form = rule.knobs(part)["form"].default
+            if form in ("dot", "walk", "copied"):
+                return f"a part's form, {form}, is more than tiles to deal out"
             total += flops
         return None if worth_threads(isa, total) else "too little work for threads"
 
