@@ -12,8 +12,9 @@ from pocktvm.ir.graph import Node
 from pocktvm.schedule.rule import Task
 from pocktvm.schedule.rules.conv import Conv
 from pocktvm.schedule.rules.conv_input_grad import ConvInputGrad
-from pocktvm.schedule.rules.conv_weight_grad import ConvWeightGrad
+from pocktvm.schedule.rules.conv_weight_grad import ConvWeightGrad, describe
 from pocktvm.schedule.rules.winograd import WinogradConv, WinogradWeight
+from pocktvm.schedule.weight_grad import Plan, choose_tile
 
 pytestmark = pytest.mark.build
 
@@ -102,6 +103,29 @@ def update(x, w, dy, attrs):
         outputs=("z",),
     )
     return node, typed(x=x, dy=dy, dw=w, w=w, lr=(), t=w, z=w)
+
+
+@pytest.mark.parametrize("isa", TARGETS)
+@pytest.mark.parametrize("cores, block", [(1, 16), (2, 40), (3, 512)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3, 33, 30, 3, 8, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1), 1),
+        (2, 61, 35, 1, 11, (5, 3), (3, 1), (2, 0, 1, 2), (1, 1), 1),
+    ],
+)
+def test_weight_gradient_in_one_walk(shape, cores, block, isa):
+    """As where dy is larger than the second-level cache and dw is not."""
+    x, w, y, attrs = geometry(shape)
+    node, types = Node("conv2d_weight_grad", ("x", "dy"), ("dw",), attrs), values(x=x, dy=y, dw=w)
+    target = host(*isa)
+    facts = dataclasses.replace(target.isa, l2_bytes=8192, cores=cores)
+    target = dataclasses.replace(target, isa=facts)
+    tile = choose_tile(describe(Task(node, types, {}, frozenset(), target)), facts)
+    plan = Plan(describe(Task(node, types, {}, frozenset(), target)), tile, facts)
+    if tile.nr >= w[-1]:
+        assert plan.strips > 0
+    check_rule(node, types, ConvWeightGrad(), target, block=block)
 
 
 @pytest.mark.parametrize(

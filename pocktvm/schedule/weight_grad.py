@@ -146,20 +146,38 @@ class Plan:
         return hands(self.isa, 2 * self.grad.macs, math.prod(self.extents))
 
     @cached_property
+    def strips(self) -> int:
+        """Parts of the pixels that are walked once each, for all taps (weight_grad_walk.py): one a
+        core. None where dy stays in the second-level cache from tap to tap, or the sums do not."""
+        taps = self.extents[3]
+        few = self.extents == (1, 1, 1, taps) and 4 * taps * self.chunk * self.grad.width
+        large = 4 * math.prod(self.grad.dy_shape) > self.isa.l2_bytes
+        if taps == 1 or not large or not 0 < few <= self.isa.l2_bytes // 8:
+            return 0
+        count = self.blocks.count
+        return ceil_div(count, ceil_div(count, hands(self.isa, 2 * self.grad.macs, count)))
+
+    @cached_property
     def sums(self) -> int:
         """Elements of a task's sums; none when one block holds every pixel."""
+        if self.strips:
+            return self.chunk * self.grad.width
         return self.chunk * min(self.tile.nr, self.grad.width) if self.blocks.count > 1 else 0
 
     @cached_property
     def panel(self) -> int:
         """Elements of a block of dy; none when it is read too seldom to be worth copying."""
+        if self.strips:
+            return 0  # the block of all channels is what lies in memory
         pixels = self.blocks.images * self.blocks.rows * self.grad.dy_shape[2]
         size = pixels * min(self.tile.nr, self.grad.width)
         return size if 4 * size <= PANEL_BYTES and self.chunk >= 2 * self.tile.mr else 0
 
     @property
     def workspaces(self) -> tuple[tuple[int, str], ...]:
-        """Sums, then panels, of all workers."""
+        """Sums, then panels, of all workers; or the sums of all strips and taps."""
+        if self.strips:
+            return ((self.strips * self.extents[3] * self.sums, "float32"),)
         sizes = (self.sums, self.panel)
         return tuple((self.workers * size, "float32") for size in sizes if size)
 
@@ -173,7 +191,7 @@ def emit_weight_grad(ctx: Context, plan: Plan) -> None:
 
         def sized(deep: int, at: Sequence[Expr] = at) -> None:
             def task(width: int) -> None:
-                _Task(ctx, plan, at, deep, width).emit()
+                TapTask(ctx, plan, at, deep, width).emit()
 
             last(at[2], panels, tile.nr, grad.width, task)
 
@@ -193,7 +211,7 @@ def last(index: Expr, count: int, size: int, extent: int, body: Callable[[int], 
             body(left)
 
 
-class _Task:
+class TapTask:
     """One tap, one panel of `width` output channels, `deep` input channels from `first`."""
 
     def __init__(

@@ -10,6 +10,7 @@ from pocktvm.schedule.inplace import inplace_pairs
 from pocktvm.schedule.rule import Emitted, Knob, Task
 from pocktvm.schedule.spatial import anchor_of, decline_spatial
 from pocktvm.schedule.weight_grad import Plan, Tile, WeightGrad, choose_tile, emit_weight_grad
+from pocktvm.schedule.weight_grad_walk import emit_weight_grad_walk
 from pocktvm.schedule.window import Window
 
 
@@ -34,7 +35,8 @@ class ConvWeightGrad:
     def emit(self, task: Task, knobs: Mapping[str, Any]) -> Emitted:
         """Workspaces: each worker's sums and panel of dy."""
         plan = Plan(describe(task), Tile(**knobs), task.target.isa)
-        func = emit.build(task, lambda ctx: emit_weight_grad(ctx, plan), plan.workspaces)
+        write = emit_weight_grad_walk if plan.strips else emit_weight_grad
+        func = emit.build(task, lambda ctx: write(ctx, plan), plan.workspaces)
         pairs = inplace_pairs(task)
         return Emitted(func, plan.workspaces, pairs, flops=2 * plan.grad.macs)
 
