@@ -117,7 +117,7 @@ def update(x, w, dy, attrs):
 def test_weight_gradient_in_one_walk(shape, cores, block, isa):
     """As where dy is larger than the second-level cache and dw is not."""
     x, w, y, attrs = geometry(shape)
-    node, types = Node("conv2d_weight_grad", ("x", "dy"), ("dw",), attrs), values(x=x, dy=y, dw=w)
+    node, types = Node("conv2d_weight_grad", ("x", "dy"), ("dw",), attrs), typed(x=x, dy=y, dw=w)
     target = host(*isa)
     facts = dataclasses.replace(target.isa, l2_bytes=8192, cores=cores)
     target = dataclasses.replace(target, isa=facts)
