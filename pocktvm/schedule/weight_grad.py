@@ -149,10 +149,10 @@ class Plan:
     def strips(self) -> int:
         """Parts of the pixels that are walked once each, for all taps (weight_grad_walk.py): one a
         core. None where dy stays in the second-level cache from tap to tap, or the sums do not."""
-        taps = self.extents[3]
-        few = self.extents == (1, 1, 1, taps) and 4 * taps * self.chunk * self.grad.width
+        groups, _, chunks, taps = self.extents
+        small = 4 * math.prod(self.grad.dw_shape) <= self.isa.l2_bytes // 8
         large = 4 * math.prod(self.grad.dy_shape) > self.isa.l2_bytes
-        if taps == 1 or not large or not 0 < few <= self.isa.l2_bytes // 8:
+        if groups > 1 or chunks > 1 or taps == 1 or not small or not large:
             return 0
         count = self.blocks.count
         return ceil_div(count, ceil_div(count, hands(self.isa, 2 * self.grad.macs, count)))
@@ -161,7 +161,7 @@ class Plan:
     def sums(self) -> int:
         """Elements of a task's sums; none when one block holds every pixel."""
         if self.strips:
-            return self.chunk * self.grad.width
+            return self.grad.depth * self.grad.width
         return self.chunk * min(self.tile.nr, self.grad.width) if self.blocks.count > 1 else 0
 
     @cached_property
@@ -215,8 +215,9 @@ class TapTask:
     """One tap, one panel of `width` output channels, `deep` input channels from `first`."""
 
     def __init__(
-        self, ctx: Context, plan: Plan, at: Sequence[Expr], deep: int, width: int
-    ) -> None:
+        self, ctx: Context, plan: Plan, at: Sequence[Expr], deep: int, width: int,
+        sums0: Expr | None = None,
+    ) -> None:  # fmt: skip
         worker, self.group, panel, part, self.tap = at
         self.ctx, self.grad, self.tile, self.blocks = ctx, plan.grad, plan.tile, plan.blocks
         self.deep, self.width = deep, width
@@ -230,7 +231,8 @@ class TapTask:
         scratch = iter(ctx.workspaces)
         self.sums = next(scratch) if plan.sums else None
         self.packed = next(scratch) if plan.panel else None
-        self.sums0, self.packed0 = T.bind(worker * plan.sums), T.bind(worker * plan.panel)
+        self.sums0 = T.bind(worker * plan.sums if sums0 is None else sums0)
+        self.packed0 = T.bind(worker * plan.panel)
 
     def emit(self) -> None:
         """All blocks, then the epilogue."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from pocktvm.schedule.emit import Context, const, load, store, vector_loop, vectors
 from pocktvm.schedule.expression import Position, finish
-from pocktvm.schedule.loops import ceil_div, grid, tiles, zero
+from pocktvm.schedule.loops import ceil_div, grid, zero
 from pocktvm.schedule.prefetch import LINE, prefetch_lines, streams
 from pocktvm.schedule.weight_grad import Plan, TapTask
 from pocktvm.tvm_api import T, tirx
@@ -34,8 +34,10 @@ def emit_weight_grad_walk(ctx: Context, plan: Plan) -> None:
             n = T.bind(block // blocks.per_image * blocks.images)
             row = T.bind(block % blocks.per_image * blocks.rows)
             with T.serial(0, taps) as tap:
-                at = [T.bind(strip * taps + tap), zero(), zero(), zero(), tap]
-                TapTask(ctx, plan, at, grad.depth, grad.width).block(n, row)
+                for panel, (_, width, offset) in enumerate(_panels(plan)):
+                    at = [strip, zero(), tirx.const(panel, "int32"), zero(), tap]
+                    sums0 = sums + offset + tap * (grad.depth * width)
+                    TapTask(ctx, plan, at, grad.depth, width, sums0).block(n, row)
                 _ask_ahead(ctx, plan, block, tap)
     _finish(ctx, plan, size)
 
@@ -52,13 +54,20 @@ def _ask_ahead(ctx: Context, plan: Plan, block: Expr, tap: Expr) -> None:
         prefetch_lines(ctx, name, at, share)
 
 
+def _panels(plan: Plan) -> list[tuple[int, int, int]]:
+    """(first output channel, how many, where the sums of its taps begin) of every panel."""
+    width, nr = plan.grad.width, plan.tile.nr
+    rows = plan.extents[3] * plan.grad.depth
+    return [(start, min(nr, width - start), rows * start) for start in range(0, width, nr)]
+
+
 def _finish(ctx: Context, plan: Plan, size: int) -> None:
     """The sum over strips and the epilogue of every row of dw."""
     grad, sums = plan.grad, ctx.workspaces[0]
-    for start, width in tiles(grad.width, 4 * ctx.lanes):
+    for start, width, offset in _panels(plan):
         with T.serial(0, size // grad.width) as row:
             for column, lanes in vectors(width, ctx.lanes):
-                at = row * grad.width + start + column
+                at = offset + row * width + column
                 value = load(sums, at, lanes)
                 for strip in range(1, plan.strips):
                     value = value + load(sums, strip * size + at, lanes)
