@@ -31,7 +31,7 @@ def scheme(
     step_time: Time = None,
     method: Annotated[str, typer.Option(help="finetune, fisher or grad-norm")] = "finetune",
     only: Annotated[list[str] | None, typer.Option(help="patterns: weights that may learn")] = None,
-    minutes: Annotated[float, typer.Option(min=0.01, help="for all trials together")] = 10.0,
+    minutes: Annotated[float, typer.Option(min=0.01, help="of trials and final together")] = 10.0,
     batch: options.Batch = None,
     weights: options.Weights = None,
     loss: Annotated[str | None, typer.Option(help="as for build")] = None,
