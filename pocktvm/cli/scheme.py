@@ -114,7 +114,7 @@ def _facts(found: Found, target: str, budget: int | None) -> dict[str, Any]:
 
 def _show(facts: dict[str, Any], out: Path | None) -> None:
     print(f"{facts['model']} for {facts['target']}: {facts['trials']} trials ({facts['method']})")
-    print("\nwhat no other planned scheme beats (step: modelled)")
+    print("\nby the sum of contributions, what no other planned scheme beats (step: modelled)")
     print(f"  {'gain':>9}  {'plan':>9}  {'step':>9}  biases of  weights")
     most = float("-inf")
     for point in facts["frontier"]:  # by bytes; --json has those that are only faster, too
