@@ -197,6 +197,17 @@ def test_finalists_differ_and_fit(tmp_path):
     assert not learns
 
 
+def test_without_a_limit_all_that_gains_learns(tmp_path):
+    """Sizes rounded up to the knapsack's bins leave none out; a weight takes its best share."""
+    build = build_of(MLP)
+    model, _ = build.resolve()
+    candidates = find_candidates(model)
+    table = made_up(tmp_path, candidates, lambda key: key[2] if key[0] == "weight" else 0.1)
+    planner = Planner(model, build.loss, build.optimizer, build.target)
+    best = Selector(table, candidates, planner).best(Limits())
+    assert best.weights == dict.fromkeys(candidates.weights, 1.0)
+
+
 def test_the_final_decides(tmp_path):
     """Not the sum of contributions, and not its first round: the best go on, and the last one's
     best wins."""

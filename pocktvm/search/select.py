@@ -256,11 +256,10 @@ class Selector:
         if not items:
             return best
         costs = [self._modelled(name, share) for name, share, _ in items]
-        largest: dict[str, float] = {}
-        for (name, _, _), cost in zip(items, costs, strict=True):
-            largest[name] = max(cost, largest.get(name, 0.0))
-        low, high = 0.0, sum(largest.values())
-        whole = self._plan(depth, {**base, **self._chosen(items, costs, high)})
+        # all there is goes past the knapsack: sizes rounded up to its bins would leave some out
+        most = {name: share for name, share, _ in sorted(items, key=lambda item: item[2])}
+        low, high = 0.0, float(sum(costs))
+        whole = self._plan(depth, {**base, **most})
         if limits.hold(whole.cost):
             return whole
         for _ in range(ROUNDS):
