@@ -27,6 +27,7 @@ from pocktvm.schedule.expression import Position, finish
 from pocktvm.schedule.gemm import Gemm
 from pocktvm.schedule.loops import balanced, ceil_div
 from pocktvm.schedule.prefetch import Asker, prefetch_epilogue
+from pocktvm.schedule.transpose import Matrix
 from pocktvm.tvm_api import T, tirx
 
 Expr = Any
@@ -90,11 +91,13 @@ def _cycles(isa: Isa, m: int, vectors_n: int, rows: int, v: int) -> float:
 
 @dataclass
 class Tile:
-    """Emits tiles of one product. `batch` is the index expression of the batch entry."""
+    """Emits tiles of one product. `batch` is the index expression of the batch entry; `source`
+    is what stands for A, stored as A is, where that is not the operand itself."""
 
     ctx: Context
     gemm: Gemm
     batch: Expr
+    source: Matrix | None = None
 
     def accumulators(self, rows: int, width: int) -> Any:
         """Zeroed registers for rows x width."""
@@ -148,13 +151,12 @@ class Tile:
         self, row: Expr, rows: int, k: Expr, unroll: int
     ) -> Callable[[int, int, int], Expr]:
         """(row, step, width) -> the element of A in every lane."""
-        gemm, ctx = self.gemm, self.ctx
-        base = self.batch * (gemm.m * gemm.k) if gemm.a_batched else 0
+        gemm, ctx, a = self.gemm, self.ctx, self._operand()
         by_lane = ctx.task.target.isa.lane_fma and ctx.lanes == 4
         if by_lane and not gemm.transpose_a and unroll == 4:
 
             def from_k(r: int, u: int, w: int) -> Expr:
-                values = ctx.load(gemm.a, base + (row + r) * gemm.k + k, 4)
+                values = load(a.buffer, a.index(row + r, k), 4)
                 return tirx.Shuffle([values], [u] * w)
 
             return from_k
@@ -163,14 +165,23 @@ class Tile:
 
         def scalar(r: int, u: int, w: int) -> Expr:
             if r < fours:
-                at = base + (k + u) * gemm.m + row + r // 4 * 4
-                return tirx.Shuffle([ctx.load(gemm.a, at, 4)], [r % 4] * w)
+                four = load(a.buffer, a.index(k + u, row + r // 4 * 4), 4)
+                return tirx.Shuffle([four], [r % 4] * w)
             if (r, u) not in cache:
-                at = (k + u) * gemm.m + row + r if gemm.transpose_a else (row + r) * gemm.k + k + u
-                cache[r, u] = T.bind(ctx.load(gemm.a, base + at, 1))
+                at = a.index(k + u, row + r) if gemm.transpose_a else a.index(row + r, k + u)
+                cache[r, u] = T.bind(load(a.buffer, at, 1))
             return splat(cache[r, u], w)
 
         return scalar
+
+    def _operand(self) -> Matrix:
+        """A as it is stored."""
+        if self.source is not None:
+            return self.source
+        gemm = self.gemm
+        start = self.batch * (gemm.m * gemm.k) if gemm.a_batched else 0
+        buffer = self.ctx.buffers[gemm.a]
+        return Matrix(buffer, start, gemm.m if gemm.transpose_a else gemm.k)
 
     def position(self, row: Expr, column: Expr, width: int) -> Position:
         """Where C[row, column] lies in the anchor's output."""

@@ -43,6 +43,25 @@ def panels(array: np.ndarray, *, nr: int, transpose: bool = False) -> np.ndarray
 
 
 @packer
+def quarter_panels(array: np.ndarray, *, nr: int, transpose: bool = False) -> np.ndarray:
+    """A matrix [K, N] (or [N, K]) as [panel][b11, b21, b22, b12][K / 2][width].
+
+    Panels run over half of the columns and hold those of both halves (schedule/gemm_strassen.py).
+    """
+    matrix = array.reshape(-1, array.shape[-1])
+    if transpose:
+        matrix = matrix.T
+    k, n = matrix.shape[0] // 2, matrix.shape[1] // 2
+    pieces = []
+    for c in range(0, n, nr):
+        left, right = slice(c, min(c + nr, n)), slice(n + c, n + min(c + nr, n))
+        quarters = ((slice(k), left), (slice(k, None), left), (slice(k, None), right),
+                    (slice(k), right))  # fmt: skip
+        pieces += [np.ascontiguousarray(matrix[q]).ravel() for q in quarters]
+    return np.concatenate(pieces)
+
+
+@packer
 def conv_panels(array: np.ndarray, *, nr: int, groups: int = 1, swap: bool = False) -> np.ndarray:
     """HWIO weights as [group][panel][tap][depth][panel width], the last panel narrower.
 

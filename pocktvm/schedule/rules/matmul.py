@@ -1,6 +1,6 @@
 """Matrix products and 1x1 convolutions: register tiles over panels of B.
 
-Four forms, by where B comes from:
+Forms, by where B comes from:
 
 - *packed*: B is a build-time constant, stored as panels [panel][K][NR];
 - *direct*: B[K, N] is read in place, NR columns at a time;
@@ -9,8 +9,9 @@ Four forms, by where B comes from:
 - *copied*: all of B is copied to panels first, so that rows of a large A and C are walked once, in
   the order of memory (input gradient from 96 to 576 channels: 107 GFLOP/s instead of 90).
 
-and two more: *walk*, for weight gradients with a small C (schedule/gemm_walk.py), and *dot*: lanes
-run along K. For few rows against B[N, K], or very few columns.
+and three more: *strassen*, with 7 products of halves instead of 8, where all axes are long
+(schedule/gemm_strassen.py); *walk*, for weight gradients with a small C (schedule/gemm_walk.py);
+and *dot*: lanes run along K. For few rows against B[N, K], or very few columns.
 
 Tasks are tiles of C, so sums never depend on the number of threads. Measured on one AVX2 core:
 79-98 GFLOP/s on MobileNetV2's layers.
@@ -25,6 +26,7 @@ from pocktvm.ir.target import Isa
 from pocktvm.schedule.emit import build
 from pocktvm.schedule.gemm import Gemm, describe
 from pocktvm.schedule.gemm_dot import dot_tile, emit_dot
+from pocktvm.schedule.gemm_strassen import LEAST, Strassen, divides, saved, short
 from pocktvm.schedule.gemm_tile import register_tile
 from pocktvm.schedule.gemm_tiled import Tiled
 from pocktvm.schedule.gemm_walk import Walk, oriented, walk_depth, walks
@@ -61,6 +63,8 @@ class Matmul:
             inner = oriented(isa, gemm)
             mr, nr = register_tile(isa, inner, False)
             depth = walk_depth(isa, inner, nr)
+        if form == "strassen":
+            mr, nr = Strassen.tile(task, gemm)
         return {
             "form": Knob(forms, form),
             "mr": Knob(_around(mr, (2, 4, 6, 7, 8, 10, 12, 14), gemm.m), mr),
@@ -79,6 +83,10 @@ class Matmul:
             walk = Walk.of(gemm, task.target.isa, knobs["mr"], knobs["nr"], knobs["kc"])
             func = build(task, walk.emit, walk.workspaces)
             return Emitted(func, walk.workspaces, pairs, flops=gemm.flops)
+        if knobs["form"] == "strassen":
+            half = Strassen.of(task, gemm, knobs["mr"], knobs["nr"])
+            func = build(task, half.emit, half.workspaces)
+            return Emitted(func, half.workspaces, pairs, half.packs(task), gemm.flops)
         plan = self.plan(task, knobs)
         func = build(task, plan.emit, plan.workspaces)
         return Emitted(func, plan.workspaces, pairs, plan.packs(task), gemm.flops)
@@ -109,6 +117,8 @@ def _forms(task: Task, gemm: Gemm) -> tuple[str, ...]:
         forms.append("copied")
     if walks(task.target.isa, gemm) and not grouped(task):
         forms.append("walk")
+    if divides(task.target.isa, gemm):
+        forms.append("strassen")
     if dot_tile(task, gemm) is not None and not grouped(task):  # its columns begin anywhere
         forms.append("dot")
     return tuple(forms)
@@ -121,6 +131,8 @@ def _default_form(task: Task, gemm: Gemm, mr: int, nr: int, forms: tuple[str, ..
         few_rows = gemm.transpose_b and gemm.m < 32 and "packed" not in forms
         if few_columns or few_rows:
             return "dot"
+    if "strassen" in forms and saved(isa, gemm) >= LEAST and short(isa, gemm):
+        return "strassen"
     if "packed" in forms:
         return "packed"
     if "walk" in forms:

@@ -56,7 +56,7 @@ class Products(Knobless):
             if worth_threads(isa, flops / ENOUGH):
                 return f"a part of {flops} operations fills all cores by itself"
             form = rule.knobs(part)["form"].default
-            if form in ("dot", "walk", "copied"):
+            if form in ("dot", "walk", "copied", "strassen"):
                 return f"a part's form, {form}, is more than tiles to deal out"
             total += flops
         return None if worth_threads(isa, total) else "too little work for threads"
