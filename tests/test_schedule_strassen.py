@@ -123,6 +123,19 @@ def test_it_is_used_where_all_three_axes_are_long():
     assert default_form(1024, 1024, 1024, with_cores(host(8), 2, l2_bytes=1 << 20)) == "strassen"
 
 
+def test_a_second_result_to_write_takes_its_gain():
+    target = with_cores(host(16), 2, l2_bytes=1 << 20)
+    node, values = matmul(256, 1024, 256)
+    values = values | {"t": Value("t", (256, 1024)), "y": Value("y", (256, 1024))}
+    body = (node, Node("exp", ("c",), ("t",)), Node("gelu", ("t",), ("y",)))
+    forms = []
+    for outputs in (("y",), ("t", "y")):
+        group = Node("group", ("a", "b"), outputs, {"anchor": 0, "kind": "matmul"}, "", body)
+        task = Task(group, values, {}, frozenset([1]), target)
+        forms.append(Matmul().knobs(task)["form"].default)
+    assert forms == ["strassen", "packed"]
+
+
 def test_what_it_saves_grows_with_every_axis():
     isa = host(16).isa
     gemm = Gemm("a", "b", "c", 256, 256, 256)

@@ -54,7 +54,8 @@ FEW = 128  # pairs of rows for which those of B are not made again, if it were m
 SUM_ROWS = 3  # pairs of rows whose products take as long as the sums of their panel of B
 FORK = 20_000  # cycles that one more parallel loop takes
 TAIL = 0.015  # of the time, that a smaller last tile is avoided for: each is code of its own
-LEAST = 5  # hundredths that must be saved for the form to be the default
+LEAST = 6  # hundredths that must be saved for the form to be the default
+SECOND = 5  # more of them where the epilogue writes a second result
 
 # (operand of A, operand of B, what is added to their product, what becomes of it): partial sums
 # are kept in "x" and "y"; 11, 12, 21 and 22 are quarters of C; of P5 two sums are made. Products
@@ -123,7 +124,7 @@ class Strassen:
         mr, nr = register_tile(isa, halves(gemm), False)
         shapes = [(mr, nr)]
         if isa.lanes >= 16:
-            shapes += [(r, v * isa.lanes) for r, v in ((8, 3), (6, 4), (4, 4), (8, 2))]
+            shapes += [(r, v * isa.lanes) for r, v in ((8, 3), (6, 4), (8, 2))]
         plans = [cls.of(task, gemm, *shape) for shape in shapes]
         best = min(plans, key=lambda plan: plan.longest(plan.part) * (1 + TAIL * plan.tails))
         return best.mr, best.nr
