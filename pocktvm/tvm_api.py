@@ -49,12 +49,9 @@ def compile_module(module: Any, target: Any) -> Any:
     """TVM's compilation of a module of loop nests.
 
     Storage rewriting is off: it drops the annotation that keeps `emit.local` off the heap, and has
-    nothing to share, since every temporary is an argument. So is the search for smaller shapes of
-    local buffers: all of theirs is used, and where there are dozens it takes longer than LLVM.
+    nothing to share, since every temporary is an argument.
     """
-    config = {"tirx.disable_storage_rewrite": True}
-    off = ["s_tir.CompactBufferAllocation"]
-    with tvm.transform.PassContext(opt_level=3, config=config, disabled_pass=off):
+    with tvm.transform.PassContext(opt_level=3, config={"tirx.disable_storage_rewrite": True}):
         return tvm.compile(module, target)
 
 
