@@ -152,11 +152,17 @@ class Tile:
     ) -> Callable[[int, int, int], Expr]:
         """(row, step, width) -> the element of A in every lane."""
         gemm, ctx, a = self.gemm, self.ctx, self._operand()
+
+        def read(index: Expr, width: int) -> Expr:  # a context may read an operand elsewhere
+            if self.source is None:
+                return ctx.load(gemm.a, index, width)
+            return load(a.buffer, index, width)
+
         by_lane = ctx.task.target.isa.lane_fma and ctx.lanes == 4
         if by_lane and not gemm.transpose_a and unroll == 4:
 
             def from_k(r: int, u: int, w: int) -> Expr:
-                values = load(a.buffer, a.index(row + r, k), 4)
+                values = read(a.index(row + r, k), 4)
                 return tirx.Shuffle([values], [u] * w)
 
             return from_k
@@ -165,11 +171,11 @@ class Tile:
 
         def scalar(r: int, u: int, w: int) -> Expr:
             if r < fours:
-                four = load(a.buffer, a.index(k + u, row + r // 4 * 4), 4)
+                four = read(a.index(k + u, row + r // 4 * 4), 4)
                 return tirx.Shuffle([four], [r % 4] * w)
             if (r, u) not in cache:
                 at = a.index(k + u, row + r) if gemm.transpose_a else a.index(row + r, k + u)
-                cache[r, u] = T.bind(load(a.buffer, at, 1))
+                cache[r, u] = T.bind(read(at, 1))
             return splat(cache[r, u], w)
 
         return scalar
